@@ -1,0 +1,261 @@
+"""FERD from end to end on a CPU, in minutes and without a download.
+
+A robust teacher is trained on scikit-learn's 1,797 digits (8x8 pixels), the data are put away, and a
+student a fifth of its size is distilled from the teacher alone. Both are then attacked on the 540 test
+digits. The models are chosen by nothing: the last epoch counts, and the test digits are used once.
+
+    python examples/quickstart.py                # the table and two pictures, under runs/
+    python examples/quickstart.py --ablate       # the rows without FERD's parts as well
+    python examples/quickstart.py --autoattack   # one more column, and many more minutes
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import tyro
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ferdlib import metrics
+from ferdlib.attacks import autoattack, cw_linf, fgsm, pgd
+from ferdlib.models import small_cnn
+from ferdlib.trainer import FERDConfig, FERDTrainer
+
+# Threat model: L-infinity, a tenth of the grey scale; steps of a quarter of that.
+EPS, STEP_SIZE = 0.1, 0.025
+TEACHER_WIDTH, STUDENT_WIDTH = 40, 16
+ABLATIONS: dict[str, dict[str, object]] = {
+    "w/o reweighting": {"reweighting": "none"},
+    "w/o FAEs": {"uniformity_loss_weight": 0.0},
+    "w/o UTAEs": {"gamma": 0.0},
+    "w/o all three": {"reweighting": "none", "uniformity_loss_weight": 0.0, "gamma": 0.0},
+}
+
+Data = tuple[Tensor, Tensor]
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Args:
+    """Train a robust teacher on digits, distil a student from it without data, attack both."""
+
+    seed: int = 0
+    """Of the split, the models and all noise."""
+    autoattack: bool = False
+    """Add AutoAttack: nearly a second per robust image and core."""
+    ablate: bool = False
+    """Distil four more students: without reweighting, FAEs, UTAEs, and without all three."""
+    teacher_epochs: int = 30
+    """Epochs of the teacher's adversarial training."""
+    epochs: int = 30
+    """Epochs of the distillation, three of them warm-up."""
+    out: Path = Path("runs/quickstart")
+    """Folder for the pictures and the student's weights."""
+
+
+def digits(seed: int) -> dict[str, Data]:
+    """1,000 digits to train the teacher, 257 to choose on, 540 to report; grey values in [0, 1]."""
+    bunch = load_digits()
+    x = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
+    y = torch.tensor(bunch.target)
+    rest, test = train_test_split(range(len(y)), test_size=540, random_state=seed, stratify=y)
+    train, val = train_test_split(rest, test_size=257, random_state=seed, stratify=y[rest])
+    return {"train": (x[train], y[train]), "val": (x[val], y[val]), "test": (x[test], y[test])}
+
+
+def train_teacher(data: Data, epochs: int, seed: int) -> nn.Module:
+    """PGD adversarial training (Madry et al. 2018), written with ferdlib's `pgd`."""
+    x, y = data
+    rng = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = small_cnn(1, 10, width=TEACHER_WIDTH)
+    batches = epochs * len(x.split(100))
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=batches)
+    for _ in tqdm(range(epochs), desc="teacher, adversarial training", unit="epoch"):
+        for index in torch.randperm(len(x), generator=rng).split(100):
+            x_adv = pgd(model, x[index], y[index], eps=EPS, step_size=STEP_SIZE, steps=7, rng=rng)
+            loss = F.cross_entropy(model(x_adv), y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def config(epochs: int, **changes: object) -> FERDConfig:
+    """FERD's defaults, at the size of the digits. Mirrored digits are no digits: no flips."""
+    settings: dict[str, object] = {
+        "num_classes": 10,
+        "layer": "layer4",
+        "image_shape": (1, 8, 8),
+        "epochs": epochs,
+        "warmup_epochs": min(3, epochs - 1),
+        "batch_size": 128,
+        "generator_steps": 40,
+        "generator_width": 32,
+        "generator_lr": 5e-3,
+        "latent_lr": 0.05,
+        "student_steps": 40,
+        "eps": EPS,
+        "step_size": STEP_SIZE,
+        "augment": "crop",
+        "crop_padding": 1,
+    }
+    return FERDConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def distil(teacher: nn.Module, settings: FERDConfig, seed: int, name: str) -> FERDTrainer:
+    """A student from the teacher alone."""
+    torch.manual_seed(seed)
+    student = small_cnn(1, 10, width=STUDENT_WIDTH)
+    trainer = FERDTrainer(teacher, student, config=settings, seed=seed)
+    with tqdm(total=settings.epochs, desc=name, unit="epoch") as bar:
+        for stats in trainer.epochs():
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {stats.student_loss:.3f}, non-robust {stats.synthesis['nonrobust_fraction']:.0%}, "
+                f"labels agree {stats.label_agreement:.0%}, largest p {max(stats.class_probabilities):.2f}"
+            )
+    student.eval()
+    return trainer
+
+
+def attacks(seed: int) -> dict[str, Attack]:
+    """The papers' columns, in the order of strength."""
+    common = {"eps": EPS}
+    stepped = {"eps": EPS, "step_size": STEP_SIZE, "steps": 20}
+
+    def noise() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    return {
+        "clean": lambda model, x, y: x,
+        "FGSM": lambda model, x, y: fgsm(model, x, y, **common),
+        "PGD-20": lambda model, x, y: pgd(model, x, y, **stepped, rng=noise()),
+        "CW-inf": lambda model, x, y: cw_linf(model, x, y, **stepped, rng=noise()),
+    }
+
+
+def class_accuracies(model: nn.Module, data: Data, columns: dict[str, Attack]) -> dict[str, Tensor]:
+    """Class-wise accuracy under each attack, `(10,)` each."""
+    x, y = data
+    found = {}
+    for name, attack in columns.items():
+        with torch.no_grad():
+            predictions = model(attack(model, x, y)).argmax(dim=1)
+        found[name] = metrics.class_accuracy(metrics.confusion_matrix(predictions, y, 10))
+    return found
+
+
+def print_table(results: dict[str, dict[str, Tensor]]) -> None:
+    """One row per model; per attack the average, the worst class and its name, and NSD."""
+    columns = list(next(iter(results.values())))
+    width = max(len(name) for name in results)
+    print(f"\n{'':{width}}" + "".join(f" | {name:^22}" for name in columns))
+    print(f"{'':{width}}" + " |   avg   worst     NSD " * len(columns))
+    print("-" * (width + 25 * len(columns)))
+    for model, row in results.items():
+        cells = []
+        for accuracy in row.values():
+            worst = int(accuracy.argmin())
+            cells.append(
+                f" | {100 * metrics.average(accuracy):5.1f} {100 * accuracy[worst]:5.1f} ({worst})"
+                f" {metrics.nsd(accuracy):6.3f} "
+            )
+        print(f"{model:{width}}" + "".join(cells))
+    print("in %: average over classes, worst class (which digit); NSD = SD / mean over classes\n")
+
+
+def draw_classes(results: dict[str, dict[str, Tensor]], attack: str, path: Path) -> None:
+    """Class-wise accuracy as bars, the worst class of each model marked."""
+    figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+    step = 0.8 / len(results)
+    for k, (name, row) in enumerate(results.items()):
+        accuracy = 100 * row[attack]
+        worst = int(accuracy.argmin())
+        places = torch.arange(10) + step * (k - (len(results) - 1) / 2)
+        bars = axes.bar(places.numpy(), accuracy.numpy(), step, label=name, color=f"C{k}")
+        bars[worst].set(edgecolor="black", linewidth=1.5, hatch="///")
+        axes.annotate(
+            f"{accuracy[worst]:.0f}",
+            (float(places[worst]), float(accuracy[worst])),
+            ha="center",
+            va="bottom",
+        )
+    axes.set(
+        xlabel="digit",
+        ylabel=f"{attack} accuracy (%)",
+        xticks=range(10),
+        ylim=(0, 109),
+        title=f"Class-wise robust accuracy, L-inf eps {EPS}; hatched: the model's worst class",
+    )
+    axes.legend(loc="lower center", ncols=len(results), fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_images(trainer: FERDTrainer, path: Path) -> None:
+    """Synthetic images from the pool, a row for each label that they were made for."""
+    x, y = trainer.pool.sample(len(trainer.pool), torch.Generator().manual_seed(0))
+    figure, axes = plt.subplots(10, 10, figsize=(6, 6.2), layout="constrained")
+    for label in range(10):
+        for k, image in zip(range(10), x[y == label], strict=False):
+            axes[label, k].imshow(image[0].cpu(), cmap="gray", vmin=0, vmax=1)
+        axes[label, 0].set_ylabel(str(label), rotation=0, va="center", labelpad=10)
+    for each in axes.flat:
+        each.set(xticks=[], yticks=[])
+    figure.suptitle("Synthetic images by the label they were made for")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    start = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = digits(args.seed)
+    teacher = train_teacher(data.pop("train"), args.teacher_epochs, args.seed)
+    trainer = distil(teacher, config(args.epochs), args.seed, "student, FERD")
+    models = {"teacher": teacher, "FERD": trainer.student}
+    if args.ablate:
+        for name, changes in ABLATIONS.items():
+            models[name] = distil(
+                teacher, config(args.epochs, **changes), args.seed, f"student, {name}"
+            ).student
+
+    columns = attacks(args.seed)
+    if args.autoattack:
+        columns["AutoAttack"] = lambda model, x, y: (
+            autoattack(model, x, y, num_classes=10, eps=EPS, seed=args.seed).x_adv
+        )
+    results = {
+        name: class_accuracies(model, data["test"], columns)
+        for name, model in tqdm(models.items(), desc="attacking the test digits", unit="model")
+    }
+    print_table(results)
+    pair = {name: results[name] for name in ("teacher", "FERD")}
+    draw_classes(pair, "PGD-20", args.out / "classwise.png")
+    draw_images(trainer, args.out / "synthetic.png")
+    torch.save(trainer.student.state_dict(), args.out / "student.pt")
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (teacher, trainer.student)]
+    print(f"teacher {sizes[0]:,} parameters, student {sizes[1]:,}; seed {args.seed}")
+    print(f"written to {args.out}/: classwise.png, synthetic.png, student.pt")
+    print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,19 @@
+"""L-infinity attacks: one ascent, and every attack a loss on it; plus the official AutoAttack.
+
+Attacks ascend, and leave no trace: train/eval flags, `requires_grad`, `param.grad`, BatchNorm buffers
+and autocast state are afterwards what they were, also when the model raises.
+"""
+
+from ferdlib.attacks.autoattack import AutoAttackResult, autoattack
+from ferdlib.attacks.engine import pgd
+from ferdlib.attacks.named import cw_linf, fgsm, least_pgd_steps, utae_pgd
+
+__all__ = [
+    "AutoAttackResult",
+    "autoattack",
+    "cw_linf",
+    "fgsm",
+    "least_pgd_steps",
+    "pgd",
+    "utae_pgd",
+]

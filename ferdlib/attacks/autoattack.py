@@ -1,0 +1,170 @@
+"""The official AutoAttack (Croce & Hein 2020), class counts from 2 up, and no trace left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ferdlib import _checks
+from ferdlib._modes import borrowed
+from ferdlib.attacks.engine import Model
+
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AutoAttackResult:
+    """What `autoattack` found.
+
+    Attributes:
+        x_adv: like the images; the adversarial example where one was found, else the image itself.
+        robust: bool `(N,)`, correct on the clean image and under every attack.
+        per_attack: for "clean" and each attack that ran, in order, bool `(N,)`: still robust after it
+            (cumulative). Attacks that need more classes than there are do not appear.
+    """
+
+    x_adv: Tensor
+    robust: Tensor
+    per_attack: dict[str, Tensor]
+
+
+def autoattack(
+    model: Model,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    num_classes: int,
+    eps: float = 8 / 255,
+    version: Literal["standard", "plus", "rand"] = "standard",
+    batch_size: int = 250,
+    seed: int = 0,
+) -> AutoAttackResult:
+    """AutoAttack in the L-infinity ball, by the authors' own attacks from `pyautoattack`.
+
+    Each attack runs on the samples that all before it left robust, in batches of `batch_size`, with the
+    authors' settings: the flags equal those of `pyautoattack.AutoAttack` with the same seed and batches.
+    Held off are its defects: the global random state is restored, no tracing function is touched, weight
+    gradients are not accumulated, train/eval flags come back, and few classes work. For K < 10 the targeted
+    attacks aim at K - 1 classes; for K <= 3 the targeted DLR loss is undefined and `apgd-t` is left out,
+    for K = 2 `apgd-dlr` too.
+
+    Args:
+        model: any callable from images to logits `(N, K)`. It is run in eval mode.
+        x: float images `(N, C, H, W)` in [0, 1]; attacked in float32.
+        targets: int64 labels `(N,)`.
+        num_classes: K >= 2, the number of the model's logits.
+        eps: radius > 0, in units of the images.
+        version: "standard" (the published evaluation), "plus" or "rand" (for randomised models).
+        batch_size: samples per batch. It changes the noise, and so may change single flags.
+        seed: of the attacks' noise.
+
+    Returns:
+        An `AutoAttackResult`; `result.robust.float().mean()` is the robust accuracy.
+
+    Raises:
+        TypeError: `x` is not a float tensor, or an argument has the wrong type.
+        ValueError: images outside [0, 1], labels or logits that do not fit `num_classes`, an unknown version.
+
+    Example:
+        >>> def model(x):  # class 1 while the pixel is above 0.45
+        ...     return torch.stack([torch.full((len(x),), 0.45), x[:, 0, 0, 0]], dim=1)
+        >>> x = torch.tensor([0.5, 0.9]).reshape(2, 1, 1, 1)
+        >>> autoattack(model, x, torch.tensor([1, 1]), num_classes=2, eps=0.1).robust
+        tensor([False,  True])
+    """
+    name = "autoattack"
+    _checks.integer(name, "num_classes", num_classes, low=2)
+    _checks.images(name, x, bounds=(0.0, 1.0))
+    _checks.labels(name, targets, length=x.shape[0], num_classes=num_classes)
+    _checks.number(name, "eps", eps, low=0.0, open_low=True)
+    _checks.choice(name, "version", version, tuple(VERSIONS))
+    _checks.integer(name, "batch_size", batch_size, low=1)
+    _checks.integer(name, "seed", seed, low=0)
+
+    def logits(batch: Tensor) -> Tensor:
+        output = model(batch.to(x.dtype))
+        return _checks.logits(name, output, argument="model(x)").float()
+
+    with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
+        images, labels = x.detach().float().clone(), targets.clone()
+        predicted = [logits(batch) for batch in images.split(batch_size)]
+        if predicted and predicted[0].shape[1] != num_classes:
+            raise ValueError(
+                f"{name}: expected `num_classes` to equal the model's number of logits "
+                f"{predicted[0].shape[1]}, got {num_classes}"
+            )
+        clean = torch.cat([z.argmax(dim=1) for z in predicted]) if predicted else labels
+        robust = clean == labels
+        x_adv, per_attack = images.clone(), {"clean": robust.clone()}
+        for attack, perturb in _attacks(logits, images, num_classes, eps, version, seed):
+            for index in robust.nonzero().squeeze(1).split(batch_size):
+                found = perturb(images[index], labels[index]).detach()
+                fooled = logits(found).argmax(dim=1) != labels[index]
+                x_adv[index[fooled]] = found[fooled]
+                robust[index[fooled]] = False
+            per_attack[attack] = robust.clone()
+    return AutoAttackResult(x_adv.to(x.dtype), robust, per_attack)
+
+
+def _attacks(
+    logits: Callable[[Tensor], Tensor],
+    images: Tensor,
+    num_classes: int,
+    eps: float,
+    version: str,
+    seed: int,
+) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
+    """The version's attacks by name, each set up as pyautoattack sets it up, reseeded per batch."""
+    from pyautoattack import AutoAttack
+    from pyautoattack.checks import check_randomized, check_range_output
+
+    suite: Any = AutoAttack(logits, device=images.device, eps=eps, version=version, seed=seed)
+    suite.apgd_targeted.n_target_classes = min(9, num_classes - 1)
+    suite.fab.n_target_classes = min(9, num_classes - 1)
+    log = logging.getLogger("ferdlib")
+    if len(images):
+        if version != "rand":
+            check_randomized(logits, images[:1], images.new_zeros(1).long(), logger=log)
+        check_range_output(logits, images[:1], logger=log)
+    undefined = (
+        {"apgd-t"} if num_classes == 3 else {"apgd-t", "apgd-dlr"} if num_classes < 3 else set()
+    )
+    for name in VERSIONS[version]:
+        if name in undefined:
+            continue
+        if name.startswith("fab"):
+            suite.fab.targeted = name == "fab-t"
+            suite.fab.n_restarts = 1 if suite.fab.targeted else suite.fab.n_restarts
+            attack = suite.fab
+        elif name == "apgd-t":
+            attack = suite.apgd_targeted
+        elif name == "square":
+            attack = suite.square
+        else:
+            attack = suite.apgd
+            attack.loss = name.removeprefix("apgd-")
+        attack.seed = seed
+        yield name, attack.perturb
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """The attacks of pyautoattack seed torch's global generators; give the caller's states back."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

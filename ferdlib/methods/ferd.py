@@ -1,0 +1,83 @@
+"""FERD's distillation stage: uniform-target adversarial examples and Eq. 11."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ferdlib import losses
+from ferdlib.attacks import utae_pgd
+from ferdlib.methods.protocol import FrozenTeacher
+
+
+@dataclass(kw_only=True)
+class FERDDistillation:
+    """Train a student on images and their UTAEs (FERD section 4.4, Algorithm 1, lines 15-17).
+
+    Attributes:
+        teacher: gives the targets; only ever run in eval mode and without gradients.
+        attack_model: whose UTAEs are made: the "student"'s, away from the teacher's clean prediction
+            (as RSLAD and the release do), or the "teacher"'s own (Eq. 10 to the letter).
+        gamma, eps, step_size, steps, random_start: see `attacks.utae_pgd`.
+        clean_weight, adv_weight: see `losses.ferd_distillation_loss`.
+        rng: source of the attack's noise.
+
+    Example:
+        >>> from ferdlib.models import small_cnn
+        >>> teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
+        >>> method, x = FERDDistillation(teacher=teacher), torch.rand(2, 1, 8, 8)
+        >>> y = torch.tensor([0, 2])
+        >>> method.loss(student, x, method.attack(student, x, y), y).shape
+        torch.Size([2])
+    """
+
+    teacher: nn.Module
+    attack_model: Literal["student", "teacher"] = "student"
+    gamma: float = 0.5
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+    random_start: Literal["uniform", "normal"] | None = "normal"
+    clean_weight: float = 5 / 6
+    adv_weight: float = 1 / 6
+    rng: torch.Generator | None = None
+    _logits: FrozenTeacher = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._logits = FrozenTeacher(self.teacher)
+
+    def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """UTAEs of x (Eq. 10); the labels play no part."""
+        return utae_pgd(
+            student if self.attack_model == "student" else self.teacher,
+            x,
+            self._logits(x),
+            gamma=self.gamma,
+            eps=self.eps,
+            step_size=self.step_size,
+            steps=self.steps,
+            random_start=self.random_start,
+            rng=self.rng,
+        )
+
+    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """Eq. 11 of each sample, `(N,)`; images and examples are two forwards of the student."""
+        return losses.ferd_distillation_loss(
+            student(x),
+            student(x_adv),
+            self._logits(x),
+            clean_weight=self.clean_weight,
+            adv_weight=self.adv_weight,
+        )
+
+    def end_epoch(self) -> None:
+        """Nothing changes between FERD's epochs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""

@@ -1,0 +1,67 @@
+"""What a trainer asks of a robust distillation method."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ferdlib import _checks
+from ferdlib._modes import borrowed
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Attack plus loss plus end-of-epoch rule.
+
+    A step of training is `x_adv = method.attack(student, x, y)`, then
+    `method.loss(student, x, x_adv, y).mean()` with the student in train mode. `end_epoch` updates what
+    changes once per epoch (class weights, temperatures); `state_dict` gives it out.
+    """
+
+    def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor: ...
+
+    def end_epoch(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class FrozenTeacher:
+    """A teacher's logits in eval mode and without gradients, computed once per batch.
+
+    Attack and loss of a step ask for the same images: the logits of the last tensor object that came
+    are kept.
+
+    Args:
+        model: from images to logits `(N, K)`.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> teacher = FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+        >>> x = torch.rand(2, 1, 2, 2)
+        >>> teacher(x) is teacher(x)
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"FrozenTeacher: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
+            )
+        self.model = model
+        self._images: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._logits is None or self._images is not x:
+            with torch.no_grad(), borrowed(self.model):
+                self._logits = self.model(x)
+            self._images = x
+        return self._logits

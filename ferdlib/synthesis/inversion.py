@@ -1,0 +1,223 @@
+"""FERD's source: a generator that is trained, every epoch, to invert the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ferdlib import bottleneck, losses
+from ferdlib._modes import borrowed
+from ferdlib.bottleneck import Part
+from ferdlib.synthesis.generator import Generator
+from ferdlib.synthesis.source import sample_labels
+
+Batch = tuple[Tensor, Tensor]
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The lineage's optimizer of generator and latent codes."""
+    return torch.optim.Adam(groups, betas=(0.5, 0.999))
+
+
+@dataclass(kw_only=True)
+class Inversion:
+    r"""Fairness-aware examples by inverting a teacher (FERD section 4.3, Algorithm 1, lines 6-11).
+
+    Each epoch draws latent codes and labels, trains the generator for `steps` steps on
+    `losses.ferd_generator_loss`, and yields one batch. One teacher pass per step gives BatchNorm
+    statistics, features and logits; the bottleneck runs the head alone. Teacher and student are frozen
+    and in eval mode meanwhile, and given back as they were.
+
+    Attributes:
+        teacher: the model that is inverted, with BatchNorm layers if `bn_weight` is positive.
+        features, head: its two parts, `bottleneck.split_at(teacher, layer)`.
+        generator: codes (and labels) to images; without a method `reset` it is never reset.
+        num_classes: K.
+        batch_size, steps: images per epoch, and generator steps.
+        latent_dim: size of a latent code.
+        adv_weight, bn_weight, onehot_weight, uniformity_weight: the $\lambda$ of Eq. 9. Without
+            `uniformity_weight` the bottleneck is not run.
+        adversarial_from: the first epoch with $L_{adv}$.
+        divergence: what $L_{adv}$ grows, see `losses.ferd_generator_loss`.
+        bn_models: whose statistics $L_{bn}$ reads, "teacher" or "both".
+        bottleneck_beta, bottleneck_steps, bottleneck_lr, bottleneck_noise, bottleneck_reduction: see
+            `bottleneck.noise_scale`.
+        mask_threshold: see `bottleneck.nonrobust_channels`.
+        generator_lr, latent_lr: learning rates of the two groups given to `optimizer`.
+        optimise_latents: whether the codes are trained too.
+        reset_generator: whether every epoch starts from fresh weights.
+        selection: keep the "batch" of the lowest loss, each "sample" at its lowest cross-entropy plus
+            uniformity loss, or the "last" batch.
+        label_sampling: see `sample_labels`.
+        augment: applied to the images before teacher and student; what is kept is not augmented.
+        optimizer: makes the epoch's optimizer from parameter groups.
+        precision: called for a context around the forwards, for autocast.
+        rng: source of all randomness; None takes torch's default generator.
+
+    Example:
+        >>> from ferdlib.models import small_cnn
+        >>> teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
+        >>> features, head = bottleneck.split_at(teacher, "layer4")
+        >>> source = Inversion(
+        ...     teacher=teacher, features=features, head=head, generator=Generator((1, 8, 8), width=4),
+        ...     num_classes=3, batch_size=6, steps=2, bottleneck_steps=2)
+        >>> x, y = next(source.epoch(student, torch.full((3,), 1 / 3)))
+        >>> x.shape, y.shape
+        (torch.Size([6, 1, 8, 8]), torch.Size([6]))
+    """
+
+    teacher: nn.Module
+    features: Part
+    head: Part
+    generator: nn.Module
+    num_classes: int
+    batch_size: int = 256
+    steps: int = 200
+    latent_dim: int = 100
+    adv_weight: float = 1.0
+    bn_weight: float = 5.0
+    onehot_weight: float = 1.0
+    uniformity_weight: float = 5.0
+    adversarial_from: int = 0
+    divergence: Callable[[Tensor, Tensor], Tensor] = losses.distillation
+    bn_models: Literal["teacher", "both"] = "teacher"
+    bottleneck_beta: float = 0.3
+    bottleneck_steps: int = 50
+    bottleneck_lr: float = 0.1
+    bottleneck_noise: Literal["channel", "element"] = "channel"
+    bottleneck_reduction: Literal["mean", "sum"] = "mean"
+    mask_threshold: Literal["sample", "batch", "channel"] = "channel"
+    generator_lr: float = 2e-3
+    latent_lr: float = 0.015
+    optimise_latents: bool = True
+    reset_generator: bool = True
+    selection: Literal["batch", "sample", "last"] = "batch"
+    label_sampling: Literal["multinomial", "stratified"] = "multinomial"
+    augment: Callable[[Tensor], Tensor] | None = None
+    optimizer: OptimizerFactory = adam
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    rng: torch.Generator | None = None
+    metrics: dict[str, float] = field(default_factory=dict, init=False)
+    last_images: Tensor | None = field(default=None, init=False)
+    epochs_done: int = field(default=0, init=False)
+
+    def epoch(self, student: nn.Module, class_probabilities: Tensor) -> Iterator[Batch]:
+        """Yields the epoch's batch: images `(N, C, H, W)` in [0, 1] and the labels they were made for.
+
+        Raises:
+            RuntimeError: the generator's loss became NaN or infinite.
+        """
+        with borrowed(self.teacher, student, self.features, self.head), torch.enable_grad():
+            batch = self._invert(student, class_probabilities)
+        self.epochs_done += 1
+        yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.state_dict(), "epochs_done": self.epochs_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.epochs_done = state["epochs_done"]
+
+    def _invert(self, student: nn.Module, class_probabilities: Tensor) -> Batch:
+        device = next(self.generator.parameters()).device
+        latents = torch.randn(
+            (self.batch_size, self.latent_dim),
+            generator=self.rng,
+            device=device if self.rng is None else self.rng.device,
+        ).to(device)
+        latents.requires_grad_(self.optimise_latents)
+        labels = sample_labels(
+            class_probabilities, self.batch_size, method=self.label_sampling, rng=self.rng
+        ).to(device)
+        if self.reset_generator and isinstance(self.generator, Generator):
+            self.generator.reset(self.rng)
+        weights = list(self.generator.parameters())
+        groups: list[dict[str, Any]] = [{"params": weights, "lr": self.generator_lr}]
+        if self.optimise_latents:
+            groups.append({"params": [latents], "lr": self.latent_lr})
+        optimizer = self.optimizer(groups)
+        trained = [p for group in groups for p in group["params"]]
+        best, best_score = torch.empty(0), torch.full((), torch.inf, device=device)
+        was_training = self.generator.training
+        self.generator.train()
+        for step in range(self.steps):
+            images, total, per_sample, parts, fraction = self._step(student, latents, labels)
+            score = per_sample if self.selection == "sample" else total.detach()
+            # Chosen on the device: reading the loss here would stall an accelerator at every step.
+            better = (score < best_score) | (self.selection == "last" or step == 0)
+            kept = better.reshape(-1, 1, 1, 1)
+            best = torch.where(kept, images, best) if step else images
+            best_score = torch.where(better, score, best_score)
+            gradients = torch.autograd.grad(total, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        for parameter in weights:
+            parameter.grad = None
+        self.generator.train(was_training)
+        parts |= {"total": total, "nonrobust_fraction": fraction}
+        self.metrics = {name: float(part.detach()) for name, part in parts.items()}
+        if not bool(best_score.isfinite().all() & total.isfinite()):
+            raise RuntimeError(
+                f"Inversion.epoch: expected a finite generator loss, got {self.metrics} in epoch "
+                f"{self.epochs_done}; lower `generator_lr` or the loss weights"
+            )
+        return best.detach(), labels
+
+    def _step(
+        self, student: nn.Module, latents: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """One evaluation of Eq. 9: images, total, per-sample score, parts, non-robust fraction."""
+        with self.precision():
+            conditional = getattr(self.generator, "embedding", None) is not None
+            images = self.generator(latents, labels) if conditional else self.generator(latents)
+            x = images if self.augment is None else self.augment(images)
+            self.last_images = x.detach()
+            watched: Sequence[nn.Module] = ()
+            if self.bn_weight > 0:
+                watched = (self.teacher, student) if self.bn_models == "both" else (self.teacher,)
+            with ExitStack() as hooks:
+                statistics = [hooks.enter_context(losses.BatchNormStatistics(m)) for m in watched]
+                z = self.features(x)
+                teacher_logits, student_logits = self.head(z), student(x)
+            batchnorm_loss = sum((each.loss() for each in statistics), teacher_logits.new_zeros(()))
+            nonrobust, fraction = None, teacher_logits.new_full((), torch.nan)
+            if self.uniformity_weight > 0:
+                sigma = bottleneck.noise_scale(
+                    z,
+                    self.head,
+                    labels,
+                    beta=self.bottleneck_beta,
+                    steps=self.bottleneck_steps,
+                    lr=self.bottleneck_lr,
+                    noise=self.bottleneck_noise,
+                    reduction=self.bottleneck_reduction,
+                    rng=self.rng,
+                )
+                mask = bottleneck.nonrobust_channels(z, sigma, threshold=self.mask_threshold)
+                nonrobust = bottleneck.nonrobust_logits(z, self.head, mask)
+                fraction = mask.float().mean()
+            adversarial = self.adv_weight if self.epochs_done >= self.adversarial_from else 0.0
+            total, parts = losses.ferd_generator_loss(
+                teacher_logits,
+                student_logits,
+                labels,
+                nonrobust,
+                batchnorm_loss,
+                adv_weight=adversarial,
+                bn_weight=self.bn_weight,
+                onehot_weight=self.onehot_weight,
+                uniformity_weight=self.uniformity_weight,
+                divergence=self.divergence,
+            )
+            per_sample = self.onehot_weight * losses.cross_entropy(teacher_logits, labels)
+            if nonrobust is not None:
+                per_sample = per_sample + self.uniformity_weight * losses.uniformity(nonrobust)
+        return images.detach(), total, per_sample.detach(), parts, fraction

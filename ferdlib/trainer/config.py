@@ -1,0 +1,259 @@
+"""Every choice that FERD's paper and its release leave open or make differently, as one value."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+from ferdlib import _checks
+
+PAPER: dict[str, Any] = {
+    "warmup_epochs": 0,
+    "bottleneck_reduction": "sum",
+    "bn_models": "both",
+    "conditional_generator": True,
+    "mask_threshold": "sample",
+    "uniformity_loss_weight": 5.0,
+    "optimise_latents": False,
+    "reset_generator": False,
+    "augment_synthesis": False,
+    "augment": "none",
+    "attack_model": "teacher",
+    "random_start": None,
+    "margin_labels": "sampled",
+    "class_floor": 0.0,
+    "absent_classes": "neutral",
+}
+
+RELEASED: dict[str, Any] = {
+    "adversarial_loss": "decoupled_kl",
+    "mask_threshold": "batch",
+    "uniformity_loss_weight": 5.0,
+    "gamma": 0.0,
+    "reweighting": "margin_minmax",
+    "margin_labels": "sampled",
+    "margin_images": "last",
+    "class_floor": 0.0,
+    "absent_classes": "zero",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FERDConfig:
+    """FERD's settings. `FERDConfig.paper()` is the text to the letter, `FERDConfig.released()` what the
+    public code computes (its crashes excepted), and the defaults are the reading that works best, at
+    the paper's CIFAR-10 sizes. Every value is checked, and errors name the field.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a field out of range, or fields that contradict each other.
+
+    Example:
+        >>> FERDConfig(num_classes=10, layer="layer4").clean_weight
+        0.8333333333333334
+        >>> FERDConfig.paper(num_classes=10, layer="layer4").attack_model
+        'teacher'
+    """
+
+    num_classes: int
+    """K, the number of classes. Paper: C."""
+    layer: str
+    """The teacher's layer that the bottleneck reads, see `bottleneck.split_at`. Paper: l, section 5.1, Table 9."""
+    image_shape: tuple[int, int, int] = (3, 32, 32)
+    """(C, H, W) of the synthetic images; H and W divisible by 4."""
+    epochs: int = 220
+    """All epochs, warm-up included. Paper: T, section 5.1 and Fig. 8."""
+    warmup_epochs: int = 20
+    """First epochs that only fill the pool. Not in the paper; the release's 220 are 20 + 200."""
+    batch_size: int = 256
+    """Images of a synthetic batch and of a student step. Paper: section 5.1 (512 for more classes)."""
+
+    generator_steps: int = 200
+    """Generator steps per epoch. Paper: T_g."""
+    generator_lr: float = 2e-3
+    """Adam's rate for the generator, betas (0.5, 0.999). Paper: eta_g."""
+    generator_width: int = 64
+    """Channels before the generator's last convolution."""
+    latent_dim: int = 100
+    """Size of a latent code. Release: nz."""
+    latent_lr: float = 0.015
+    """Adam's rate for the latent codes. Release: lr_z."""
+    optimise_latents: bool = True
+    """Train the codes along with the generator. Paper: Algorithm 1 trains theta_g only."""
+    reset_generator: bool = True
+    """Start each epoch from fresh generator weights. Paper: Algorithm 1 initialises once."""
+    conditional_generator: bool = False
+    """Feed the labels to the generator. Paper: g(z, y) in Algorithm 1; the release's is g(z)."""
+    selection: Literal["batch", "sample", "last"] = "batch"
+    """Which images of an epoch are stored, see `synthesis.Inversion`. Paper: select, undefined."""
+    label_sampling: Literal["multinomial", "stratified"] = "multinomial"
+    """How labels are drawn from p. Paper: y ~ p."""
+
+    adv_loss_weight: float = 1.0
+    """Weight of L_adv. Paper: lambda_adv, Eq. 9."""
+    bn_loss_weight: float = 5.0
+    """Weight of L_bn. Paper: lambda_bn, Eq. 9."""
+    onehot_loss_weight: float = 1.0
+    """Weight of L_oh. Paper: lambda_oh, Eq. 9."""
+    uniformity_loss_weight: float = 5.0
+    """Weight of L_uni; 0 switches fairness-aware examples off. Paper: lambda_uni = 5, Eq. 9."""
+    adversarial_loss: Literal["kl", "masked_kl", "decoupled_kl"] = "kl"
+    """What L_adv grows. Paper: KL(f^T, f^S), Eq. 8; the release's is a decoupled KL."""
+    adversarial_warmup: bool = True
+    """Whether L_adv counts in warm-up, against an untrained student. Release: yes; Fast: no."""
+    bn_models: Literal["teacher", "both"] = "teacher"
+    """Whose BatchNorm statistics L_bn reads. Paper: teacher and student; release: teacher."""
+
+    bottleneck_beta: float = 0.3
+    """Weight of the noise regulariser. Paper: beta, Eq. 5, no value given; Kim et al. and release: 0.3."""
+    bottleneck_steps: int = 50
+    """Adam steps on the noise scales. Not in the paper; Kim et al.: 200."""
+    bottleneck_lr: float = 0.1
+    """Adam's rate for them. Not in the paper."""
+    bottleneck_noise: Literal["channel", "element"] = "channel"
+    """One noise draw per channel or per element. Paper: epsilon ~ N(0, I), Eq. 4."""
+    bottleneck_reduction: Literal["mean", "sum"] = "mean"
+    """The regulariser over channels. Paper: the sum, Eq. 5; release: half the mean."""
+    mask_threshold: Literal["sample", "batch", "channel"] = "channel"
+    """The limit of Eq. 6, see `bottleneck.nonrobust_channels`. Paper: sample; release: batch."""
+
+    student_steps: int = 400
+    """Student steps per epoch. Paper: T_s."""
+    student_lr: float = 0.1
+    """SGD's initial rate. Paper: eta_s. The release's comments use 0.2 for CIFAR-100."""
+    momentum: float = 0.9
+    """SGD's momentum. Paper: section 5.1."""
+    weight_decay: float = 5e-4
+    """SGD's weight decay. Paper: section 5.1."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The student's rate over epochs; cosine ends at 0. Paper: only "initial value"; release: cosine."""
+    schedule_warmup: bool = True
+    """Whether the cosine runs through the warm-up epochs too. Release: yes; Fast: no."""
+    clean_weight: float = 5 / 6
+    """Weight of the clean term. Paper: lambda_1, Eq. 11; RSLAD's is 1/6."""
+    adv_weight: float = 1 / 6
+    """Weight of the adversarial term. Paper: lambda_2, Eq. 11; RSLAD's is 5/6."""
+
+    attack_model: Literal["student", "teacher"] = "student"
+    """Whose adversarial examples the student learns from. Paper: f^T, Eq. 10; release: the student's."""
+    gamma: float = 0.5
+    """Weight of the uniform target. Paper: gamma, Eq. 10; the release computes 0."""
+    eps: float = 8 / 255
+    """Radius, in units of [0, 1] pixels. Paper: A.8."""
+    step_size: float = 2 / 255
+    """Step of the attacks, same units. Paper: alpha, A.8."""
+    attack_steps: int = 10
+    """Steps of the training attack. Paper: A.8."""
+    random_start: Literal["uniform", "normal"] | None = "normal"
+    """Start of the training attack, see `attacks.pgd`. Paper: x itself; release: 0.001 N(0, 1)."""
+
+    reweighting: Literal[
+        "none",
+        "margin_softmax",
+        "margin_minmax",
+        "lps_power",
+        "lps_linear",
+        "lps_sigmoid",
+        "lps_tanh",
+    ] = "margin_softmax"
+    """Class statistic to class probabilities, see `reweight`. Paper: softmax of -margin; A.6 has the lps_*."""
+    reweight_temperature: float = 1.0
+    """Temperature of margin_softmax. Paper: none."""
+    class_floor: float | None = None
+    """Least probability of a class under margin_softmax; None is 0.5 / K. Paper: 0."""
+    margin_labels: Literal["sampled", "teacher"] = "teacher"
+    """What the margin is taken against: the label that was drawn, or what the teacher sees. Paper: y_i."""
+    margin_on: Literal["logits", "probabilities"] = "logits"
+    """What Eq. 1 calls confidence. Release: logits."""
+    margin_images: Literal["stored", "last"] = "stored"
+    """The stored batch, or the last augmented iterate (release)."""
+    margin_attack_steps: int = 20
+    """Steps of the PGD attack on the teacher, from a uniform start. Paper: PGD-20, section 4.2."""
+    margin_ema: float = 0.0
+    """Share of the last epoch's class statistic that is kept. Paper: none."""
+    absent_classes: Literal["previous", "neutral", "zero"] = "previous"
+    """A class without samples keeps its last statistic, takes the mean of the others, or 0 (release)."""
+
+    augment: Literal["crop_flip", "crop", "none"] = "crop_flip"
+    """Augmentation of the student's batches. Not in the paper; release: crop and flip."""
+    augment_synthesis: bool = True
+    """The same augmentation before the generator's losses. Not in the paper; release: yes."""
+    crop_padding: int = 4
+    """Zeros around an image before it is cropped, in pixels. Release: 4."""
+    pool_capacity: int | None = None
+    """Most images to keep; None keeps all. Paper: D grows."""
+    pool_dtype: Literal["float32", "uint8"] = "float32"
+    """How images are kept; uint8 rounds."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the models under autocast; losses stay in float32."""
+
+    def __post_init__(self) -> None:
+        for name in fields(self):
+            self._check(name.name, getattr(self, name.name))
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"FERDConfig: expected `warmup_epochs` below `epochs` {self.epochs}, got "
+                f"{self.warmup_epochs}"
+            )
+        if self.class_floor is not None and self.class_floor >= 1 / self.num_classes:
+            raise ValueError(
+                f"FERDConfig: expected `class_floor` below 1 / num_classes = "
+                f"{1 / self.num_classes:g}, got {self.class_floor:g}"
+            )
+        if self.class_floor and self.reweighting != "margin_softmax":
+            raise ValueError(
+                f"FERDConfig: expected `class_floor` with reweighting 'margin_softmax' only, got "
+                f"{self.class_floor:g} with {self.reweighting!r}"
+            )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """The paper's text to the letter. Keyword arguments replace single fields."""
+        return cls(**(PAPER | overrides))
+
+    @classmethod
+    def released(cls, **overrides: Any) -> Self:
+        """What the authors' public code computes. Keyword arguments replace single fields."""
+        return cls(**(RELEASED | overrides))
+
+    def _check(self, name: str, value: Any) -> None:
+        hint = _HINTS[name]
+        options = typing.get_args(hint)
+        if typing.get_origin(hint) is Literal or any(
+            typing.get_origin(option) is Literal for option in options
+        ):
+            _checks.choice("FERDConfig", name, value, _literals(hint))
+        elif type(None) in options and value is None:
+            return
+        elif name == "image_shape":
+            if not (isinstance(value, tuple) and len(value) == 3):
+                raise ValueError(f"FERDConfig: expected `image_shape` (C, H, W), got {value!r}")
+        elif hint is bool:
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"FERDConfig: expected `{name}` to be a bool, got {_checks.got(value)}"
+                )
+        elif hint is str:
+            if not isinstance(value, str):
+                raise TypeError(
+                    f"FERDConfig: expected `{name}` to be a string, got {_checks.got(value)}"
+                )
+        elif hint is int or int in options:
+            _checks.integer("FERDConfig", name, value, low=_LEAST.get(name, 1))
+        else:
+            high = 1.0 if name in ("momentum", "margin_ema") else float("inf")
+            positive = name.endswith(("_lr", "temperature"))
+            _checks.number("FERDConfig", name, value, low=0.0, high=high, open_low=positive)
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for option in (hint,) if typing.get_origin(hint) is Literal else typing.get_args(hint):
+        found += typing.get_args(option) if typing.get_origin(option) is Literal else [None]
+    return tuple(found)
+
+
+_HINTS = typing.get_type_hints(FERDConfig)
+_LEAST = {"num_classes": 2, "warmup_epochs": 0, "bottleneck_steps": 0, "attack_steps": 0}
+_LEAST |= {"crop_padding": 0, "student_steps": 0}

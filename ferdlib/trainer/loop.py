@@ -1,0 +1,475 @@
+"""FERD's Algorithm 1: synthesise, reweight, distil."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ferdlib import _checks, losses, reweight
+from ferdlib._modes import borrowed
+from ferdlib.attacks import least_pgd_steps, pgd
+from ferdlib.augment import crop_flip
+from ferdlib.bottleneck import split_at
+from ferdlib.methods import FERDDistillation, FrozenTeacher, Method
+from ferdlib.synthesis import Generator, ImagePool, Inversion, Source
+from ferdlib.synthesis.inversion import OptimizerFactory, adam
+from ferdlib.trainer.config import FERDConfig
+
+AttackStep = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Rule = Callable[[Tensor], Tensor]
+StudentOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+DIVERGENCES = {
+    "kl": losses.distillation,
+    "masked_kl": losses.masked_distillation,
+    "decoupled_kl": losses.decoupled_kl,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochStats:
+    """What one epoch of `FERDTrainer` did.
+
+    Attributes:
+        epoch: number of epochs done, this one included.
+        warmup: whether the student was left alone.
+        student_loss: mean of the distillation loss over the epoch's steps; nan in warm-up.
+        learning_rate: the student's, during the epoch.
+        class_probabilities: p for the next epoch's labels.
+        label_agreement: share of the stored batch that the teacher assigns to the label it was made for.
+        diversity: standard deviation of a pixel over the stored batch, mean over pixels; 0 is collapse.
+        pool_size: images stored so far.
+        synthesis: the source's metrics: generator losses and the non-robust fraction for FERD's.
+        seconds: wall-clock time.
+    """
+
+    epoch: int
+    warmup: bool
+    student_loss: float
+    learning_rate: float
+    class_probabilities: tuple[float, ...]
+    label_agreement: float
+    diversity: float
+    pool_size: int
+    synthesis: dict[str, float]
+    seconds: float
+
+
+class FERDTrainer:
+    """Distil a robust teacher into a student, fairly and without data (FERD Algorithm 1).
+
+    Composition only: an `Inversion` fills an `ImagePool`, adversarial margins on the teacher set the class
+    probabilities, a `FERDDistillation` trains the student. Each part can be replaced by passing another.
+    The student is trained in place; the teacher is only borrowed. All randomness comes from `seed` (layers
+    of the student that draw noise themselves, such as dropout, excepted).
+
+    Args:
+        teacher: robust module from images in [0, 1] to logits `(N, K)`.
+        student: module from the same images to logits `(N, K)`.
+        generator: codes to images; None makes a `synthesis.Generator` of the config's shape.
+        config: the settings.
+        source: makes images, instead of FERD's inversion.
+        method: attack and loss, instead of FERD's.
+        attack: called as `attack(student, x, y)`, instead of the method's.
+        reweight: class means of the margin `(K,)` to class probabilities `(K,)`, instead of the config's rule.
+        student_optimizer: makes the student's optimizer from its parameters, instead of the config's SGD.
+        generator_optimizer: makes the generator's from parameter groups at every epoch, instead of Adam.
+        seed: of all randomness, >= 0.
+        device: where the models are moved; None leaves them where the student is.
+
+    Attributes:
+        teacher, student, generator, config, source, method, pool: the parts.
+        class_probabilities: p, `(K,)`.
+        epoch: epochs done.
+
+    Raises:
+        TypeError: models that are not modules, or a config of another type.
+        ValueError: a teacher that is the student or shares weights with it, models whose logits do not
+            fit the config, a layer that cannot be cut.
+
+    Example:
+        >>> from ferdlib.models import small_cnn
+        >>> config = FERDConfig(
+        ...     num_classes=3, layer="layer4", image_shape=(1, 8, 8), epochs=2, warmup_epochs=1, batch_size=6,
+        ...     generator_steps=2, generator_width=4, bottleneck_steps=2, student_steps=2)
+        >>> trainer = FERDTrainer(small_cnn(1, 3, width=4), small_cnn(1, 3, width=2), config=config)
+        >>> [stats.pool_size for stats in trainer.epochs()]
+        [6, 12]
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        generator: nn.Module | None = None,
+        *,
+        config: FERDConfig,
+        source: Source | None = None,
+        method: Method | None = None,
+        attack: AttackStep | None = None,
+        reweight: Rule | None = None,
+        student_optimizer: StudentOptimizer | None = None,
+        generator_optimizer: OptimizerFactory | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check_models(teacher, student, config)
+        self._rng = torch.Generator().manual_seed(
+            _checks.integer("FERDTrainer", "seed", seed, low=0)
+        )
+        self.device = torch.device(device or next(student.parameters()).device)
+        self.teacher, self.student = teacher.to(self.device), student.to(self.device)
+        self.config = config
+        self._teacher_logits = FrozenTeacher(teacher)
+        if source is None:
+            _check_logits(teacher, student, config, self.device)
+            generator = generator or _fresh_generator(config, self.device, self._rng)
+            source = self._inversion(generator.to(self.device), generator_optimizer or adam)
+        self.source: Source = source
+        self.generator = generator
+        self.method: Method = method or self._distillation()
+        self._attack = attack or self.method.attack
+        self._rule = reweight or _rule(config)
+        self._augment = _augmentation(config, self._rng)
+        self.pool = ImagePool(config.pool_capacity, getattr(torch, config.pool_dtype))
+        trained = [p for p in student.parameters() if p.requires_grad]
+        self.student_optimizer = (student_optimizer or self._sgd)(trained)
+        self._initial_rates = [group["lr"] for group in self.student_optimizer.param_groups]
+        self.class_probabilities = torch.full((config.num_classes,), 1 / config.num_classes)
+        self.epoch = 0
+        self._statistic = torch.full((config.num_classes,), torch.nan, dtype=torch.float64)
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    def epochs(self) -> Iterator[EpochStats]:
+        """Train from `epoch` to `config.epochs`, and yield after each.
+
+        The loop body may evaluate, log, save `state_dict()` or stop; a stopped loop is continued by
+        calling `epochs()` again.
+
+        Raises:
+            RuntimeError: a loss became NaN or infinite.
+        """
+        while self.epoch < self.config.epochs:
+            yield self._run_epoch()
+
+    def fit(self) -> list[EpochStats]:
+        """Run `epochs()` to the end."""
+        return list(self.epochs())
+
+    def synthesize(self) -> tuple[Tensor, Tensor]:
+        """One batch from the source, appended to the pool (Algorithm 1, lines 6 to 11)."""
+        return self._store(next(self._batches()))
+
+    def update_class_probabilities(self) -> Tensor:
+        """Class probabilities from the last batch's adversarial margins (Eq. 1 and 2, Algorithm 1, line 12).
+
+        Returns:
+            The new `class_probabilities`, `(K,)` with sum 1.
+
+        Raises:
+            RuntimeError: nothing has been synthesised yet.
+        """
+        if self._batch is None:
+            raise RuntimeError(
+                "FERDTrainer.update_class_probabilities: expected a synthesised batch, got none; "
+                "call synthesize() first"
+            )
+        if self._rule is None:
+            return self.class_probabilities
+        config = self.config
+        means = self._class_means(*self._batch)
+        if config.absent_classes == "zero":
+            means = means.nan_to_num(nan=0.0)
+        elif config.absent_classes == "previous":
+            means = torch.where(means.isnan(), self._statistic, means)
+        if config.margin_ema > 0:
+            kept = torch.where(self._statistic.isnan(), means, self._statistic)
+            means = config.margin_ema * kept + (1 - config.margin_ema) * means
+        self._statistic = means
+        self.class_probabilities = reweight.normalize(self._rule(means), to="sum").float()
+        return self.class_probabilities
+
+    def distill_step(self) -> Tensor:
+        """One step of the student on a batch from the pool (Algorithm 1, lines 15 to 17).
+
+        Returns:
+            The batch's mean loss, a detached scalar.
+
+        Raises:
+            RuntimeError: the pool is empty.
+        """
+        x, y = self.pool.sample(self.config.batch_size, self._rng)
+        if self._augment is not None:
+            x = self._augment(x)
+        # A student in train mode keeps its own flags: layers that its owner froze stay frozen.
+        training = None if self.student.training else True
+        with self._precision(), borrowed(self.student, training=training, freeze=False):
+            x_adv = self._attack(self.student, x, y)
+            loss = self.method.loss(self.student, x, x_adv, y).mean()
+        self.student_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.student_optimizer.step()
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on as if nothing had happened, as copies.
+
+        Taken between epochs; the teacher is not in it. `torch.save` writes it, and
+        `torch.load(..., weights_only=True)` reads it.
+        """
+        state = {
+            "config": asdict(self.config),
+            "epoch": self.epoch,
+            "student": self.student.state_dict(),
+            "student_optimizer": self.student_optimizer.state_dict(),
+            "source": self.source.state_dict(),
+            "method": self.method.state_dict(),
+            "pool": self.pool.state_dict(),
+            "class_probabilities": self.class_probabilities,
+            "statistic": self._statistic,
+            "rng": self._rng.get_state(),
+        }
+        return copy.deepcopy(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict()` of a trainer with the same config.
+
+        Raises:
+            ValueError: the state was made under another config; the fields that differ are named, and
+                nothing is loaded.
+        """
+        saved, own = state["config"], asdict(self.config)
+        differing = sorted(k for k in own.keys() | saved.keys() if saved.get(k) != own.get(k))
+        if differing:
+            raise ValueError(
+                "FERDTrainer.load_state_dict: expected a state of the same config, got other values "
+                f"for {', '.join(differing)}"
+            )
+        state = copy.deepcopy(state)
+        self.student.load_state_dict(state["student"])
+        self.student_optimizer.load_state_dict(state["student_optimizer"])
+        self.source.load_state_dict(state["source"])
+        self.method.load_state_dict(state["method"])
+        self.pool.load_state_dict(state["pool"])
+        self.class_probabilities, self._statistic = state["class_probabilities"], state["statistic"]
+        self._rng.set_state(state["rng"])
+        self.epoch = state["epoch"]
+        self._batch = None
+
+    def _run_epoch(self) -> EpochStats:
+        start = time.perf_counter()
+        config, warmup = self.config, self.epoch < self.config.warmup_epochs
+        self._set_rates()
+        step_losses: list[Tensor] = []
+        for batch in self._batches():
+            x, y = self._store(batch)
+            self.update_class_probabilities()
+            if not warmup:
+                step_losses += [self.distill_step() for _ in range(config.student_steps)]
+        student_loss = float(torch.stack(step_losses).mean()) if step_losses else float("nan")
+        if step_losses and not student_loss < float("inf"):
+            raise RuntimeError(
+                f"FERDTrainer: expected a finite student loss, got {student_loss} in epoch {self.epoch}; "
+                f"lower `student_lr`"
+            )
+        self.method.end_epoch()
+        self.epoch += 1
+        return EpochStats(
+            epoch=self.epoch,
+            warmup=warmup,
+            student_loss=student_loss,
+            learning_rate=self.student_optimizer.param_groups[0]["lr"],
+            class_probabilities=tuple(self.class_probabilities.tolist()),
+            label_agreement=float((self._teacher_logits(x).argmax(dim=1) == y).float().mean()),
+            diversity=float(x.std(dim=0).mean()) if len(x) > 1 else 0.0,
+            pool_size=len(self.pool),
+            synthesis=dict(self.source.metrics),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.source.epoch(self.student, self.class_probabilities)
+
+    def _store(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.pool.add(*batch)
+        self._batch = batch
+        return batch
+
+    def _class_means(self, x: Tensor, y: Tensor) -> Tensor:
+        """Class means of the adversarial margin (Eq. 2 without its sign) or of the least PGD steps."""
+        config = self.config
+        if config.margin_images == "last" and isinstance(self.source, Inversion):
+            assert self.source.last_images is not None
+            x = self.source.last_images
+        labels = y if config.margin_labels == "sampled" else self._teacher_logits(x).argmax(dim=1)
+        settings: dict[str, Any] = {
+            "eps": config.eps,
+            "step_size": config.step_size,
+            "steps": config.margin_attack_steps,
+            "rng": self._rng,
+        }
+        means = reweight.ClassMean(config.num_classes)
+        if config.reweighting.startswith("lps"):
+            means.update(least_pgd_steps(self.teacher, x, labels, **settings)[1], labels)
+        else:
+            logits = self._teacher_logits(pgd(self.teacher, x, labels, **settings))
+            confidence = logits if config.margin_on == "logits" else logits.softmax(dim=1)
+            means.update(losses.margin(confidence, labels), labels)
+        return means.compute().cpu()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _sgd(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.SGD(
+            parameters,
+            lr=config.student_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    def _set_rates(self) -> None:
+        """The epoch's learning rates: a cosine of the epochs done, from the initial ones to 0."""
+        config = self.config
+        if config.schedule == "constant":
+            return
+        start = 0 if config.schedule_warmup else config.warmup_epochs
+        done = max(0, self.epoch - start) / (config.epochs - start)
+        for group, initial in zip(
+            self.student_optimizer.param_groups, self._initial_rates, strict=True
+        ):
+            group["lr"] = initial * (1 + math.cos(math.pi * done)) / 2
+
+    def _inversion(self, generator: nn.Module, optimizer: OptimizerFactory) -> Inversion:
+        config = self.config
+        features, head = split_at(self.teacher, config.layer)
+        return Inversion(
+            teacher=self.teacher,
+            features=features,
+            head=head,
+            generator=generator,
+            num_classes=config.num_classes,
+            batch_size=config.batch_size,
+            steps=config.generator_steps,
+            latent_dim=config.latent_dim,
+            adv_weight=config.adv_loss_weight,
+            bn_weight=config.bn_loss_weight,
+            onehot_weight=config.onehot_loss_weight,
+            uniformity_weight=config.uniformity_loss_weight,
+            adversarial_from=0 if config.adversarial_warmup else config.warmup_epochs,
+            divergence=DIVERGENCES[config.adversarial_loss],
+            bn_models=config.bn_models,
+            bottleneck_beta=config.bottleneck_beta,
+            bottleneck_steps=config.bottleneck_steps,
+            bottleneck_lr=config.bottleneck_lr,
+            bottleneck_noise=config.bottleneck_noise,
+            bottleneck_reduction=config.bottleneck_reduction,
+            mask_threshold=config.mask_threshold,
+            generator_lr=config.generator_lr,
+            latent_lr=config.latent_lr,
+            optimise_latents=config.optimise_latents,
+            reset_generator=config.reset_generator,
+            selection=config.selection,
+            label_sampling=config.label_sampling,
+            augment=_augmentation(config, self._rng) if config.augment_synthesis else None,
+            optimizer=optimizer,
+            precision=self._precision,
+            rng=self._rng,
+        )
+
+    def _distillation(self) -> FERDDistillation:
+        config = self.config
+        return FERDDistillation(
+            teacher=self.teacher,
+            attack_model=config.attack_model,
+            gamma=config.gamma,
+            eps=config.eps,
+            step_size=config.step_size,
+            steps=config.attack_steps,
+            random_start=config.random_start,
+            clean_weight=config.clean_weight,
+            adv_weight=config.adv_weight,
+            rng=self._rng,
+        )
+
+
+def _rule(config: FERDConfig) -> Rule | None:
+    """The config's map from class statistics to probabilities, up to normalisation."""
+    steps = config.margin_attack_steps
+    floor = 0.5 / config.num_classes if config.class_floor is None else config.class_floor
+    rules: dict[str, Rule | None] = {
+        "none": None,
+        "margin_softmax": partial(
+            reweight.margin_softmax, temperature=config.reweight_temperature, floor=floor
+        ),
+        "margin_minmax": reweight.margin_minmax,
+        "lps_power": reweight.lps_power,
+        "lps_linear": partial(reweight.lps_linear, steps=steps),
+        "lps_sigmoid": partial(reweight.lps_sigmoid, steps=steps),
+        "lps_tanh": partial(reweight.lps_tanh, steps=steps),
+    }
+    return rules[config.reweighting]
+
+
+def _augmentation(config: FERDConfig, rng: torch.Generator) -> Callable[[Tensor], Tensor] | None:
+    if config.augment == "none":
+        return None
+    flip = config.augment == "crop_flip"
+    return partial(crop_flip, padding=config.crop_padding, flip=flip, rng=rng)
+
+
+def _fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generator) -> nn.Module:
+    """A generator whose weights come from `rng` alone: torch's initialisers would read the global state."""
+    with torch.device("meta"):
+        generator = Generator(
+            config.image_shape,
+            latent_dim=config.latent_dim,
+            width=config.generator_width,
+            num_classes=config.num_classes if config.conditional_generator else None,
+        )
+    generator.to_empty(device=device)
+    generator.reset(rng)
+    return generator
+
+
+def _check_models(teacher: Any, student: Any, config: Any) -> None:
+    for name, model in (("teacher", teacher), ("student", student)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"FERDTrainer: expected `{name}` to be a torch.nn.Module, got {_checks.got(model)}"
+            )
+    if not isinstance(config, FERDConfig):
+        raise TypeError(
+            f"FERDTrainer: expected `config` to be a FERDConfig, got {_checks.got(config)}"
+        )
+    if not {id(p) for p in teacher.parameters()}.isdisjoint(id(p) for p in student.parameters()):
+        raise ValueError(
+            "FERDTrainer: expected `teacher` and `student` without common parameters, got models that "
+            "share some; the student is trained in place, so copy it first"
+        )
+
+
+def _check_logits(
+    teacher: nn.Module, student: nn.Module, config: FERDConfig, device: torch.device
+) -> None:
+    image = torch.zeros(1, *config.image_shape, device=device)
+    with torch.no_grad(), borrowed(teacher, student):
+        for name, model in (("teacher", teacher), ("student", student)):
+            logits = model(image)
+            if not isinstance(logits, Tensor) or logits.shape != (1, config.num_classes):
+                raise ValueError(
+                    f"FERDTrainer: expected `{name}` to return logits of shape "
+                    f"(N, {config.num_classes}), got {_checks.got(logits)} for one image"
+                )
