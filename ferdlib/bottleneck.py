@@ -100,7 +100,7 @@ def _features(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> fx.GraphModule
         if node is cut:
             break
     part.output(copies[cut])
-    return fx.GraphModule(model, part)
+    return _module(model, part)
 
 
 def _head(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> fx.GraphModule:
@@ -119,7 +119,21 @@ def _head(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> fx.GraphModule:
                     )
                 copies[argument] = part.node_copy(argument)
         copies[node] = part.node_copy(node, lambda n: copies[n])
-    return fx.GraphModule(model, part)
+    return _module(model, part)
+
+
+def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a module that shares the model's submodules, parameters and buffers."""
+    part = fx.GraphModule(model, graph)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner = node.target.rpartition(".")[0]
+            theirs, ours = model.get_submodule(owner), part.get_submodule(owner)
+            # fx copies references, which go stale when `.to()` replaces a buffer. What is no buffer
+            # of the model, such as a constant in its forward, stays as it is.
+            vars(ours).update({k: v for k, v in ours._buffers.items() if k not in theirs._buffers})
+            ours._buffers, ours._parameters = theirs._buffers, theirs._parameters
+    return part
 
 
 def noise_scale(

@@ -131,8 +131,12 @@ def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
         >>> masked_distillation(student, teacher)  # they disagree
         tensor([0.])
     """
-    agree = logits.argmax(dim=1) == reference_logits.argmax(dim=1)
-    return distillation(logits, reference_logits) * agree
+    name = "masked_distillation"
+    z = _checks.logits(name, logits)
+    reference = _checks.logits(name, reference_logits, argument="reference_logits")
+    _checks.same_shape(name, logits=z, reference_logits=reference)
+    agree = z.argmax(dim=1) == reference.argmax(dim=1)
+    return distillation(z, reference) * agree
 
 
 def ferd_generator_loss(

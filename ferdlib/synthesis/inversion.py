@@ -178,6 +178,7 @@ class Inversion:
         with self.precision():
             conditional = getattr(self.generator, "embedding", None) is not None
             images = self.generator(latents, labels) if conditional else self.generator(latents)
+            images = images.float()
             x = images if self.augment is None else self.augment(images)
             self.last_images = x.detach()
             watched: Sequence[nn.Module] = ()

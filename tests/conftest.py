@@ -1,0 +1,37 @@
+"""What the tests share: one thread for tiny tensors, and a small network with BatchNorm."""
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+def make_tiny_model(num_classes=4, in_channels=2, width=5, seed=0):
+    """Conv, BatchNorm and a linear layer in eval mode, with running statistics that matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Flatten(2),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(width, num_classes),
+        )
+        for module in model:
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.05, 0.5)
+                nn.init.normal_(module.bias, 0.3, 0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model():
+    """The factory itself: `tiny_model(num_classes=3, in_channels=1)`."""
+    return make_tiny_model

@@ -1,0 +1,531 @@
+"""Config, presets and the trainer's loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from ferdlib import losses, reweight
+from ferdlib.attacks import pgd
+from ferdlib.methods import FERDDistillation, Method
+from ferdlib.models import small_cnn
+from ferdlib.trainer import FERDConfig, FERDTrainer
+
+TINY = {
+    "num_classes": 3,
+    "layer": "layer4",
+    "image_shape": (1, 8, 8),
+    "epochs": 3,
+    "warmup_epochs": 1,
+    "batch_size": 12,
+    "generator_steps": 3,
+    "generator_lr": 0.05,
+    "generator_width": 4,
+    "latent_dim": 5,
+    "bottleneck_steps": 3,
+    "student_steps": 2,
+    "attack_steps": 2,
+    "margin_attack_steps": 2,
+    "crop_padding": 1,
+}
+
+
+def make_models() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(5)
+    teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
+    digits = torch.tensor(load_digits().images[:64], dtype=torch.float32)[:, None] / 16
+    with torch.no_grad():
+        teacher.fc.weight.mul_(10)
+        for _ in range(30):
+            teacher(digits)
+    return teacher, student
+
+
+def make_trainer(preset=FERDConfig, seed=0, **changes):
+    teacher, student = make_models()
+    parts = {k: changes.pop(k) for k in list(changes) if k not in FERDConfig.__slots__}
+    return FERDTrainer(teacher, student, config=preset(**(TINY | changes)), seed=seed, **parts)
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [v.clone() for v in model.state_dict().values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
+
+
+SIZE = {"num_classes": 10, "layer": "layer4"}
+
+# Section 5.1 and A.8 of the paper, at CIFAR-10; the release agrees on all of these.
+COMMON = {
+    "epochs": 220,
+    "batch_size": 256,
+    "generator_steps": 200,
+    "student_steps": 400,
+    "generator_lr": 2e-3,
+    "student_lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "adv_loss_weight": 1.0,
+    "bn_loss_weight": 5.0,
+    "onehot_loss_weight": 1.0,
+    "uniformity_loss_weight": 5.0,
+    "clean_weight": 5 / 6,
+    "adv_weight": 1 / 6,
+    "eps": 8 / 255,
+    "step_size": 2 / 255,
+    "attack_steps": 10,
+    "margin_attack_steps": 20,
+    "class_floor": 0.0,
+    "margin_labels": "sampled",
+    "margin_on": "logits",
+}
+PAPER = COMMON | {
+    "warmup_epochs": 0,
+    "gamma": 0.5,
+    "attack_model": "teacher",
+    "random_start": None,
+    "augment": "none",
+    "augment_synthesis": False,
+    "reweighting": "margin_softmax",
+    "adversarial_loss": "kl",
+    "mask_threshold": "sample",
+    "bottleneck_reduction": "sum",
+    "bn_models": "both",
+    "conditional_generator": True,
+    "optimise_latents": False,
+    "reset_generator": False,
+    "margin_images": "stored",
+}
+RELEASED = COMMON | {
+    "warmup_epochs": 20,
+    "gamma": 0.0,
+    "attack_model": "student",
+    "random_start": "normal",
+    "augment": "crop_flip",
+    "augment_synthesis": True,
+    "crop_padding": 4,
+    "reweighting": "margin_minmax",
+    "adversarial_loss": "decoupled_kl",
+    "mask_threshold": "batch",
+    "bottleneck_reduction": "mean",
+    "bottleneck_beta": 0.3,
+    "bottleneck_steps": 50,
+    "bottleneck_lr": 0.1,
+    "bn_models": "teacher",
+    "conditional_generator": False,
+    "latent_dim": 100,
+    "latent_lr": 0.015,
+    "optimise_latents": True,
+    "reset_generator": True,
+    "margin_images": "last",
+    "absent_classes": "zero",
+    "schedule": "cosine",
+    "schedule_warmup": True,
+    "pool_dtype": "float32",
+    "selection": "batch",
+}
+
+
+@pytest.mark.parametrize(("preset", "facts"), [("paper", PAPER), ("released", RELEASED)])
+def test_presets_number_by_number(preset, facts):
+    config = getattr(FERDConfig, preset)(**SIZE)
+    assert {name: getattr(config, name) for name in facts} == facts
+
+
+def test_config_is_frozen_and_keyword_only():
+    config = FERDConfig(**SIZE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3
+    with pytest.raises(TypeError):
+        FERDConfig(10, "layer4")
+    assert FERDConfig.paper(**SIZE, epochs=7).epochs == 7
+
+
+def test_every_field_has_its_own_docstring():
+    import ast
+    import inspect
+
+    (tree,) = ast.parse(inspect.getsource(FERDConfig)).body
+    body = tree.body
+    documented = {
+        a.target.id
+        for a, b in itertools.pairwise(body)
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+    }
+    assert documented == {field.name for field in dataclasses.fields(FERDConfig)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"num_classes": 1}, ValueError),
+        ({"num_classes": 10.0}, TypeError),
+        ({"layer": 3}, TypeError),
+        ({"image_shape": (8, 8)}, ValueError),
+        ({"epochs": 0}, ValueError),
+        ({"warmup_epochs": 220}, ValueError),
+        ({"eps": -0.1}, ValueError),
+        ({"eps": "8/255"}, TypeError),
+        ({"student_lr": 0.0}, ValueError),
+        ({"gamma": float("nan")}, ValueError),
+        ({"clean_weight": -1.0}, ValueError),
+        ({"momentum": 1.5}, ValueError),
+        ({"augment": "flip"}, ValueError),
+        ({"random_start": "gaussian"}, ValueError),
+        ({"reweighting": "softmax"}, ValueError),
+        ({"class_floor": 0.1}, ValueError),
+        ({"class_floor": 0.05, "reweighting": "lps_power"}, ValueError),
+        ({"optimise_latents": 1}, TypeError),
+        ({"pool_capacity": 0}, ValueError),
+    ],
+)
+def test_config_names_the_wrong_field(changes, kind):
+    name = next(iter(changes))
+    with pytest.raises(kind, match=f"^FERDConfig: expected .*`?{name}`?"):
+        FERDConfig(**(SIZE | changes))
+
+
+@pytest.mark.parametrize("preset", [FERDConfig, FERDConfig.paper, FERDConfig.released])
+def test_every_preset_trains_and_leaves_the_teacher(preset):
+    trainer = make_trainer(preset)
+    teacher = trainer.teacher.train()
+    teacher.layer2[1].eval()
+    flags = [m.training for m in teacher.modules()]
+    before, student, state = weights(teacher), weights(trainer.student), torch.get_rng_state()
+    stats = trainer.fit()
+    assert same(weights(teacher), before)
+    assert [m.training for m in teacher.modules()] == flags
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not same(weights(trainer.student), student)
+    assert [s.epoch for s in stats] == [1, 2, 3]
+    assert math.isfinite(stats[-1].student_loss)
+    assert stats[-1].pool_size == 36
+    assert sum(stats[-1].class_probabilities) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reweighting": "none"},
+        {"reweighting": "margin_minmax"},
+        {"reweighting": "lps_power"},
+        {"reweighting": "lps_linear"},
+        {"reweighting": "lps_sigmoid"},
+        {"reweighting": "lps_tanh"},
+        {"class_floor": 0.0, "reweight_temperature": 0.2},
+        {"margin_labels": "sampled"},
+        {"margin_on": "probabilities"},
+        {"margin_images": "last"},
+        {"margin_ema": 0.9},
+        {"absent_classes": "neutral"},
+        {"absent_classes": "zero"},
+        {"attack_model": "teacher"},
+        {"random_start": None},
+        {"random_start": "uniform"},
+        {"gamma": 0.0},
+        {"augment": "none"},
+        {"augment": "crop"},
+        {"augment_synthesis": False},
+        {"conditional_generator": True},
+        {"adversarial_loss": "masked_kl"},
+        {"adversarial_loss": "decoupled_kl"},
+        {"adversarial_warmup": False},
+        {"pool_dtype": "uint8"},
+        {"pool_capacity": 12},
+        {"precision": "bfloat16"},
+        {"schedule": "constant"},
+        {"schedule_warmup": False},
+        {"weight_decay": 0.1},
+        {"clean_weight": 1 / 6, "adv_weight": 5 / 6},
+    ],
+)
+def test_every_field_is_read(changes):
+    """Each change gives another student, or, for the reweighting, other class probabilities."""
+    trainer, default = make_trainer(**changes), make_trainer()
+    trainer.fit()
+    default.fit()
+    differs = not same(weights(trainer.student), weights(default.student))
+    p, q = trainer.class_probabilities, default.class_probabilities
+    if changes.get("absent_classes") is None:
+        assert differs or not torch.equal(p, q)
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    assert all(v.isfinite().all() for v in trainer.student.parameters())
+
+
+def test_warmup_leaves_the_student_alone():
+    trainer = make_trainer(warmup_epochs=2)
+    before = weights(trainer.student)
+    loop = trainer.epochs()
+    stats = [next(loop), next(loop)]
+    assert all(s.warmup and math.isnan(s.student_loss) for s in stats)
+    assert same(weights(trainer.student), before)
+    assert not next(loop).warmup
+
+
+def test_the_rate_follows_a_cosine_from_the_initial_rate():
+    rates = [s.learning_rate for s in make_trainer(epochs=4, warmup_epochs=1).fit()]
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)])
+    late = make_trainer(epochs=4, warmup_epochs=1, schedule_warmup=False).fit()
+    by_hand = [0.1] + [0.1 * (1 + math.cos(math.pi * e / 3)) / 2 for e in range(3)]
+    assert [s.learning_rate for s in late] == pytest.approx(by_hand)
+
+
+def test_same_seed_same_student_and_another_seed_another():
+    first, second, third = make_trainer(seed=1), make_trainer(seed=1), make_trainer(seed=2)
+    for trainer in (first, second, third):
+        torch.manual_seed(torch.randint(1000, ()).item())
+        trainer.fit()
+    assert same(weights(first.student), weights(second.student))
+    assert not same(weights(first.student), weights(third.student))
+
+
+@pytest.mark.parametrize("preset", [FERDConfig, FERDConfig.paper, FERDConfig.released])
+def test_resuming_equals_not_stopping(preset):
+    straight = make_trainer(preset, epochs=5)
+    straight.fit()
+    stopped = make_trainer(preset, epochs=5)
+    loop = stopped.epochs()
+    next(loop)
+    next(loop)
+    state = stopped.state_dict()
+    next(loop)  # what happens after the copy was taken must not reach it
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    resumed = make_trainer(preset, epochs=5, seed=9)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.epoch == 2
+    resumed.fit()
+    assert same(weights(resumed.student), weights(straight.student))
+    assert torch.equal(resumed.class_probabilities, straight.class_probabilities)
+    assert len(resumed.pool) == len(straight.pool)
+
+
+def test_a_state_of_another_config_is_refused_and_nothing_is_loaded():
+    trainer, other = make_trainer(), make_trainer(gamma=0.1, eps=0.2)
+    trainer.fit()
+    before = weights(other.student)
+    with pytest.raises(ValueError, match=r"FERDTrainer.load_state_dict: .* eps, gamma$"):
+        other.load_state_dict(trainer.state_dict())
+    assert same(weights(other.student), before)
+    assert other.epoch == 0
+
+
+def test_the_public_steps_are_the_epoch():
+    by_hand, whole = (
+        make_trainer(warmup_epochs=0, epochs=1),
+        make_trainer(warmup_epochs=0, epochs=1),
+    )
+    x, y = by_hand.synthesize()
+    assert x.shape == (12, 1, 8, 8)
+    p = by_hand.update_class_probabilities()
+    losses_ = [by_hand.distill_step() for _ in range(2)]
+    (stats,) = whole.fit()
+    assert same(weights(by_hand.student), weights(whole.student))
+    assert stats.class_probabilities == pytest.approx(p.tolist())
+    assert stats.student_loss == pytest.approx(torch.stack(losses_).mean().item())
+    assert torch.equal(by_hand.pool.labels, y)
+
+
+def test_class_probabilities_are_the_formula():
+    trainer = make_trainer(class_floor=0.0, margin_labels="sampled", batch_size=30)
+    x, y = trainer.synthesize()
+    state = trainer._rng.get_state()
+    p = trainer.update_class_probabilities()
+    rng = torch.Generator()
+    rng.set_state(state)
+    x_adv = pgd(trainer.teacher, x, y, steps=2, rng=rng)
+    with torch.no_grad():
+        m = losses.margin(trainer.teacher.eval()(x_adv), y)
+    d = torch.stack([-m[y == c].mean() for c in range(3)])
+    torch.testing.assert_close(p, d.softmax(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_an_absent_class_keeps_its_last_statistic():
+    trainer = make_trainer(class_floor=0.0, margin_labels="sampled")
+    x, _ = trainer.synthesize()
+    trainer._batch = (x, torch.arange(12) % 3)
+    trainer.update_class_probabilities()
+    last = trainer._statistic.clone()
+    trainer._batch = (x, torch.arange(12) % 2)
+    trainer.update_class_probabilities()
+    assert trainer._statistic[2] == last[2]
+    assert trainer._statistic[0] != last[0]
+
+
+class Recorder:
+    """A source of given images, and a count of its epochs."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.metrics, self.done = batches, {"note": 1.0}, 0
+
+    def epoch(self, student, class_probabilities):
+        for _ in range(self.batches):
+            yield torch.rand(6, 1, 8, 8), torch.arange(6) % 3
+        self.done += 1
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def test_another_source_trains_after_each_of_its_batches():
+    calls = []
+
+    def attack(student, x, y):
+        calls.append(len(x))
+        return x
+
+    trainer = make_trainer(source=Recorder(3), attack=attack, epochs=2, warmup_epochs=1)
+    stats = trainer.fit()
+    assert trainer.generator is None
+    assert len(calls) == 3 * TINY["student_steps"]
+    assert stats[-1].pool_size == 36
+    assert stats[-1].synthesis == {"note": 1.0}
+
+
+def test_another_method_is_called_in_order():
+    calls = []
+
+    class Plain:
+        def attack(self, student, x, y):
+            calls.append("attack")
+            return x
+
+        def loss(self, student, x, x_adv, y):
+            calls.append("loss")
+            assert student.training
+            return losses.cross_entropy(student(x_adv), y)
+
+        def end_epoch(self):
+            calls.append("end")
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    assert isinstance(Plain(), Method)
+    make_trainer(method=Plain(), epochs=2, warmup_epochs=1).fit()
+    assert calls == ["end", "attack", "loss", "attack", "loss", "end"]
+
+
+def test_rule_and_optimizers_can_be_replaced():
+    margins_seen, groups_seen = [], []
+
+    def rule(margins):
+        margins_seen.append(margins)
+        return reweight.margin_softmax(margins)
+
+    def student_optimizer(parameters):
+        return torch.optim.Adam(parameters, lr=0.01)
+
+    def generator_optimizer(groups):
+        groups_seen.append(len(groups))
+        return torch.optim.SGD(groups)
+
+    trainer = make_trainer(
+        reweight=rule, student_optimizer=student_optimizer, generator_optimizer=generator_optimizer
+    )
+    stats = trainer.fit()
+    assert stats[0].learning_rate == 0.01
+    assert groups_seen == [2, 2, 2]
+    assert [len(m) for m in margins_seen] == [3, 3, 3]
+
+
+def test_a_student_keeps_its_frozen_layers():
+    trainer = make_trainer()
+    frozen = trainer.student.train().layer1[1].eval()
+    mean, other = frozen.running_mean.clone(), trainer.student.layer2[1].running_mean.clone()
+    trainer.fit()
+    assert torch.equal(frozen.running_mean, mean)
+    assert not torch.equal(trainer.student.layer2[1].running_mean, other)
+    assert trainer.student.training
+    assert not frozen.training
+
+
+def test_the_ferd_method_is_eq_10_and_11():
+    teacher, student = make_models()
+    method = FERDDistillation(teacher=teacher, rng=torch.Generator().manual_seed(0))
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    x_adv = method.attack(student, x, y)
+    student.eval()
+    t, clean, adv = teacher.eval()(x), student(x), student(x_adv)
+    kl = [
+        torch.nn.functional.kl_div(z.log_softmax(1), t.softmax(1), reduction="none").sum(1)
+        for z in (clean, adv)
+    ]
+    torch.testing.assert_close(method.loss(student, x, x_adv, y), 5 / 6 * kl[0] + 1 / 6 * kl[1])
+    assert 0 < (x_adv - x).abs().max() <= 8 / 255 + 1e-6
+
+
+def test_wrong_parts_get_one_clear_sentence():
+    teacher, student = make_models()
+    config = FERDConfig(**TINY)
+    cases = [
+        (
+            ValueError,
+            "`teacher` and `student` without common",
+            lambda: FERDTrainer(teacher, teacher, config=config),
+        ),
+        (
+            TypeError,
+            "`teacher` to be a torch.nn.Module",
+            lambda: FERDTrainer(len, student, config=config),
+        ),
+        (
+            TypeError,
+            "`config` to be a FERDConfig",
+            lambda: FERDTrainer(teacher, student, config={}),
+        ),
+        (ValueError, "`seed` >= 0", lambda: FERDTrainer(teacher, student, config=config, seed=-1)),
+        (
+            ValueError,
+            "`student` to return logits of shape \\(N, 3\\)",
+            lambda: FERDTrainer(teacher, small_cnn(1, 4, width=2), config=config),
+        ),
+    ]
+    for kind, words, call in cases:
+        with pytest.raises(kind, match=f"^FERDTrainer: expected .*{words}"):
+            call()
+    with pytest.raises(ValueError, match=r"^split_at: expected `layer_name` .* 'layer9'"):
+        FERDTrainer(teacher, student, config=FERDConfig(**(TINY | {"layer": "layer9"})))
+    plain = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    without = FERDTrainer(plain, student, config=FERDConfig(**(TINY | {"layer": "0"})))
+    with pytest.raises(
+        ValueError, match="^BatchNormStatistics: expected `model` to have BatchNorm"
+    ):
+        without.synthesize()
+
+
+def test_the_wrong_moment_gets_one_clear_sentence():
+    trainer = make_trainer()
+    with pytest.raises(
+        RuntimeError, match="^FERDTrainer.update_class_probabilities: .* synthesize"
+    ):
+        trainer.update_class_probabilities()
+    with pytest.raises(RuntimeError, match="^ImagePool.sample: .* empty"):
+        trainer.distill_step()
+
+
+def test_a_diverging_student_stops_the_run():
+    def broken(student, x, y):
+        return x * float("nan")
+
+    with pytest.raises(RuntimeError, match="^FERDTrainer: expected a finite student loss"):
+        make_trainer(attack=broken).fit()
