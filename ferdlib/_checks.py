@@ -21,26 +21,26 @@ def got(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def tensor(function: str, argument: str, value: Any) -> Tensor:
+def tensor(function: str, argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: expected `{argument}` to be a torch.Tensor, got {got(value)}")
     return value
 
 
-def floating(function: str, argument: str, value: Any) -> Tensor:
-    tensor(function, argument, value)
-    if not value.is_floating_point():
+def floating(function: str, argument: str, value: object) -> Tensor:
+    checked = tensor(function, argument, value)
+    if not checked.is_floating_point():
         raise TypeError(
             f"{function}: expected `{argument}` in a floating-point dtype, got {got(value)}"
         )
-    return value
+    return checked
 
 
 def images(
-    function: str, value: Any, *, argument: str = "x", bounds: tuple[float, float] | None = None
+    function: str, value: object, *, argument: str = "x", bounds: tuple[float, float] | None = None
 ) -> Tensor:
     """A float batch `(N, C, H, W)`; with `bounds`, finite and inside them."""
-    floating(function, argument, value)
+    value = floating(function, argument, value)
     if value.ndim != 4:
         hint = f"; add a batch dimension with {argument}[None]" if value.ndim == 3 else ""
         raise ValueError(
@@ -60,9 +60,9 @@ def images(
     return value
 
 
-def logits(function: str, value: Any, *, argument: str = "logits") -> Tensor:
+def logits(function: str, value: object, *, argument: str = "logits") -> Tensor:
     """Float logits `(N, K)` with K >= 2, in float32 or wider."""
-    floating(function, argument, value)
+    value = floating(function, argument, value)
     if value.ndim != 2 or value.shape[1] < 2:
         raise ValueError(
             f"{function}: expected `{argument}` of shape (N, K) with K >= 2, got {tuple(value.shape)}"
@@ -82,7 +82,7 @@ def same_shape(function: str, **named: Tensor) -> None:
 
 def labels(
     function: str,
-    value: Any,
+    value: object,
     *,
     length: int | None = None,
     num_classes: int | None = None,
@@ -93,7 +93,7 @@ def labels(
     The range is read on the CPU only: on an accelerator that would stall the loop at every call,
     and the kernels that index by labels assert it themselves.
     """
-    tensor(function, argument, value)
+    value = tensor(function, argument, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{function}: expected `{argument}` in int64, got {got(value)}")
     if value.ndim != 1 or (length is not None and value.shape[0] != length):
@@ -110,9 +110,9 @@ def labels(
     return value
 
 
-def class_vector(function: str, value: Any, *, argument: str) -> Tensor:
+def class_vector(function: str, value: object, *, argument: str) -> Tensor:
     """One finite float per class, `(K,)`; `nan` stands for a class without samples."""
-    floating(function, argument, value)
+    value = floating(function, argument, value)
     if value.ndim != 1 or value.shape[0] < 2:
         raise ValueError(
             f"{function}: expected `{argument}` of shape (K,) with K >= 2, got {tuple(value.shape)}"

@@ -81,6 +81,8 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
 class _Tracer(fx.Tracer):
     """Traces through user modules, but keeps the layer of the cut whole even if it is a container."""
 
+    proxy_buffer_attributes = True  # else what a forward computes from a buffer becomes a constant
+
     def __init__(self, layer_name: str) -> None:
         super().__init__()
         self._layer_name = layer_name
@@ -295,7 +297,8 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: expected `mask` of shape {tuple(features.shape[:2])}, got {tuple(mask.shape)}"
         )
-    return head(features * mask[..., None, None])
+    logits: Tensor = head(features * mask[..., None, None])
+    return logits
 
 
 def _feature_map(function: str, features: Any) -> Tensor:
@@ -310,4 +313,4 @@ def _feature_map(function: str, features: Any) -> Tensor:
 
 
 def _spatial_variance(z: Tensor) -> Tensor:
-    return z.flatten(2).var(dim=2, correction=1)
+    return torch.var(z.flatten(2), dim=2, correction=1)

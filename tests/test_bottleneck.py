@@ -215,7 +215,7 @@ def test_lambda_stays_within_steps_times_lr(scale, sign):
     sigma = noise_scale(scale * feature_map(dtype=torch.float64), deaf, Y0, steps=20, lr=0.1)
     raw = sigma.expm1().log()  # the inverse of softplus
     assert (sign * raw > 1.0).all()
-    assert (sign * raw < 2.0 * 1.01).all()
+    assert (sign * raw < 2.0 * 1.05).all()  # Adam's steps exceed lr a little where gradients grow
 
 
 @pytest.mark.parametrize("noise", ["channel", "element"])

@@ -23,6 +23,10 @@ def kl(p_logits, q_logits):
     return (np.exp(p) * (p - q)).sum(axis=1)
 
 
+def own(z, y):
+    return z[np.arange(len(y)), y]
+
+
 def best_other(z, y):
     return np.array([max(z[i, j] for j in range(z.shape[1]) if j != y[i]) for i in range(len(z))])
 
@@ -49,32 +53,20 @@ def masked(s, t):
 EQUATIONS = {
     "cross_entropy": (
         lambda a, b, y: losses.cross_entropy(a, y),
-        lambda a, b, y: -log_softmax(a)[np.arange(len(y)), y],
+        lambda a, b, y: -own(log_softmax(a), y),
     ),
-    "kl_divergence": (
-        lambda a, b, y: losses.kl_divergence(a, b),
-        lambda a, b, y: kl(a, b),
-    ),
-    "kl_divergence, T = 3": (
+    "kl_divergence": (lambda a, b, y: losses.kl_divergence(a, b), lambda a, b, y: kl(a, b)),
+    "temperature 3": (
         lambda a, b, y: losses.kl_divergence(a, b, temperature=3.0),
         lambda a, b, y: kl(a / 3, b / 3),
     ),
-    "distillation": (
-        lambda a, b, y: losses.distillation(a, b),
-        lambda a, b, y: kl(b, a),
-    ),
-    "margin": (
-        lambda a, b, y: losses.margin(a, y),
-        lambda a, b, y: a[np.arange(len(y)), y] - best_other(a, y),
-    ),
+    "distillation": (lambda a, b, y: losses.distillation(a, b), lambda a, b, y: kl(b, a)),
+    "margin": (lambda a, b, y: losses.margin(a, y), lambda a, b, y: own(a, y) - best_other(a, y)),
     "cw_margin": (
         lambda a, b, y: losses.cw_margin(a, y, confidence=1.0),
-        lambda a, b, y: -np.maximum(a[np.arange(len(y)), y] - best_other(a, y) + 1, 0),
+        lambda a, b, y: -np.maximum(own(a, y) - best_other(a, y) + 1, 0),
     ),
-    "uniformity": (
-        lambda a, b, y: losses.uniformity(a),
-        lambda a, b, y: -np.log(a.shape[1]) - log_softmax(a).sum(axis=1) / a.shape[1],
-    ),
+    "uniformity": (lambda a, b, y: losses.uniformity(a), lambda a, b, y: kl(np.zeros_like(a), a)),
     "confidence_penalty": (
         lambda a, b, y: losses.confidence_penalty(a),
         lambda a, b, y: kl(a, np.zeros_like(a)),

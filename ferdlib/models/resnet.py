@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ferdlib import _checks
@@ -33,9 +35,10 @@ def resnet18(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
     _checks.integer("resnet18", "in_channels", in_channels, low=1)
     from torchvision.models import resnet18 as imagenet_resnet18
 
-    model: nn.Module = imagenet_resnet18(weights=None, num_classes=num_classes)
+    model: Any = imagenet_resnet18(weights=None, num_classes=num_classes)
     stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     model.conv1, model.maxpool = stem, nn.Identity()
     model.feature_layers = ("layer1", "layer2", "layer3", "layer4")
-    return model
+    network: nn.Module = model
+    return network

@@ -28,7 +28,7 @@ AttackStep = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
 StudentOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-DIVERGENCES = {
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": losses.distillation,
     "masked_kl": losses.masked_distillation,
     "decoupled_kl": losses.decoupled_kl,
@@ -216,7 +216,7 @@ class FERDTrainer:
             x_adv = self._attack(self.student, x, y)
             loss = self.method.loss(self.student, x, x_adv, y).mean()
         self.student_optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.student_optimizer.step()
         return loss.detach()
 
