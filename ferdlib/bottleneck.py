@@ -207,6 +207,7 @@ def noise_scale(
             sigma = F.softplus(raw)
             draw = torch.randn(shape, generator=rng, dtype=z.dtype, device=device).to(z.device)
             logits = head((z + sigma[..., None, None] * draw).to(features.dtype))
+            _checks.labels(name, targets, num_classes=logits.shape[1])
             ratio = v / sigma.square()
             r = ratio - ratio.log() - 1
             penalty = r.sum(dim=1) if reduction == "sum" else r.mean(dim=1) / 2
@@ -303,14 +304,14 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
 
 def _feature_map(function: str, features: Any) -> Tensor:
     """Checked features in float32 or wider."""
-    _checks.images(function, features, argument="features")
-    if features.shape[2] * features.shape[3] < 2:
+    z = _checks.images(function, features, argument="features")
+    if z.shape[2] * z.shape[3] < 2:
         raise ValueError(
             f"{function}: expected `features` with at least two spatial positions, because Eq. 5 and 6 "
-            f"need their variance, got {tuple(features.shape)}; cut the model at an earlier layer"
+            f"need their variance, got {tuple(z.shape)}; cut the model at an earlier layer"
         )
-    return features.to(torch.promote_types(features.dtype, torch.float32))
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _spatial_variance(z: Tensor) -> Tensor:
-    return torch.var(z.flatten(2), dim=2, correction=1)
+    return z.flatten(2).var(dim=2, correction=1)

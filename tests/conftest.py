@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 
 
 def make_tiny_model(num_classes=4, in_channels=2, width=5, seed=0):
-    """Conv, BatchNorm and a linear layer in eval mode, with running statistics that matter."""
+    """Conv, BatchNorm, ReLU, twice, and a linear layer, in eval mode; its running statistics matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -28,7 +28,12 @@ def make_tiny_model(num_classes=4, in_channels=2, width=5, seed=0):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.05, 0.5)
                 nn.init.normal_(module.bias, 0.3, 0.2)
-    return model.eval()
+        with torch.no_grad():  # centred and spread logits, so that images differ in their class
+            z = model.eval()(torch.rand(64, in_channels, 6, 6))
+            gain = 3 / z.std(dim=0)
+            model[-1].bias.sub_(z.mean(dim=0)).mul_(gain)
+            model[-1].weight.mul_(gain[:, None])
+    return model
 
 
 @pytest.fixture

@@ -322,6 +322,9 @@ def test_noise_scale_leaves_no_trace():
     assert not sigma.requires_grad
     # Eval mode inside: dropout and batch statistics would change the result.
     assert torch.equal(noise_scale(z, head.eval(), Y, steps=3, rng=seeded()), sigma)
+    # A callable that hides its weights cannot be frozen, and yet collects no gradient.
+    assert torch.equal(noise_scale(z, lambda z: head(z), Y, steps=3, rng=seeded()), sigma)
+    assert all(p.grad is None for p in head.parameters())
 
 
 def test_noise_scale_repeats_and_works_without_grad_mode():

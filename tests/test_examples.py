@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def test_quickstart_writes_pictures_and_a_student_that_loads(quickstart):
     out, _, _ = quickstart
     for name in ("classwise.png", "synthetic.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((out / "classwise.json").read_text())["models"]
+    assert {len(accuracy) for row in rows.values() for accuracy in row.values()} == {10}
     student = small_cnn(1, 10, width=16)
     student.load_state_dict(torch.load(out / "student.pt", weights_only=True))
     teacher_size = sum(p.numel() for p in small_cnn(1, 10, width=40).parameters())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._modes import borrowed
-from ferdlib.attacks.engine import Model
+from ferdlib.attacks.engine import Model, rounded_inside
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -74,6 +74,7 @@ def autoattack(
     Raises:
         TypeError: `x` is not a float tensor, or an argument has the wrong type.
         ValueError: images outside [0, 1], labels or logits that do not fit `num_classes`, an unknown version.
+        RuntimeError: the model's logits are NaN.
 
     Example:
         >>> def model(x):  # class 1 while the pixel is above 0.45
@@ -91,29 +92,42 @@ def autoattack(
     _checks.integer(name, "batch_size", batch_size, low=1)
     _checks.integer(name, "seed", seed, low=0)
 
-    def logits(batch: Tensor) -> Tensor:
+    def forward(batch: Tensor) -> Tensor:
         output = model(batch.to(x.dtype))
         return _checks.logits(name, output, argument="model(x)").float()
 
-    with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
-        images, labels = x.detach().float().clone(), targets.clone()
-        predicted = [logits(batch) for batch in images.split(batch_size)]
-        if predicted and predicted[0].shape[1] != num_classes:
+    def logits(batch: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and batch.requires_grad:
+            return _InputGradient.apply(batch, forward)  # type: ignore[no-any-return,no-untyped-call]
+        return forward(batch)
+
+    def classes(batch: Tensor) -> Tensor:
+        z = logits(batch)
+        # argmax finds a class for NaN too: without this a broken model would pass for a robust one.
+        if bool(z.isnan().any()):
+            raise RuntimeError(f"{name}: expected numbers as logits `model(x)`, got NaN")
+        if z.shape[1] != num_classes:
             raise ValueError(
                 f"{name}: expected `num_classes` to equal the model's number of logits "
-                f"{predicted[0].shape[1]}, got {num_classes}"
+                f"{z.shape[1]}, got {num_classes}"
             )
-        clean = torch.cat([z.argmax(dim=1) for z in predicted]) if predicted else labels
-        robust = clean == labels
-        x_adv, per_attack = images.clone(), {"clean": robust.clone()}
+        return z.argmax(dim=1)
+
+    with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
+        images, labels = x.detach().float().clone(), targets.clone()
+        clean = [classes(batch) for batch in images.split(batch_size) if len(batch)]
+        robust = torch.cat(clean) == labels if clean else torch.ones_like(labels, dtype=torch.bool)
+        x_adv, per_attack = x.detach().clone(), {"clean": robust.clone()}
         for attack, perturb in _attacks(logits, images, num_classes, eps, version, seed):
             for index in robust.nonzero().squeeze(1).split(batch_size):
                 found = perturb(images[index], labels[index]).detach()
-                fooled = logits(found).argmax(dim=1) != labels[index]
+                # What is judged is what is returned, so it is rounded before and not after.
+                found = rounded_inside(found, x[index], eps, (0.0, 1.0))
+                fooled = classes(found) != labels[index]
                 x_adv[index[fooled]] = found[fooled]
                 robust[index[fooled]] = False
             per_attack[attack] = robust.clone()
-    return AutoAttackResult(x_adv.to(x.dtype), robust, per_attack)
+    return AutoAttackResult(x_adv, robust, per_attack)
 
 
 def _attacks(
@@ -157,6 +171,23 @@ def _attacks(
         yield name, attack.perturb
 
 
+class _InputGradient(torch.autograd.Function):
+    """A model whose weights `.backward()` cannot reach: FAB calls it, and a callable is not frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.logits = model(ctx.x)
+        return ctx.logits.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # FAB differentiates one forward once per class.
+        (of_x,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, retain_graph=True)
+        return of_x, None
+
+
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     """The attacks of pyautoattack seed torch's global generators; give the caller's states back."""
@@ -168,3 +199,5 @@ def _kept_random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+        else:  # their seed waits for CUDA to start; let the caller's come after it
+            torch.cuda.manual_seed_all(torch.initial_seed())

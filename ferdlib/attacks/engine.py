@@ -174,7 +174,7 @@ def ascend(
                 f"{function}: expected finite losses and gradients, got NaN or infinity during the "
                 f"attack; look at the model's logits on these images"
             )
-        return _rounded(adv, x, radius)
+        return rounded_inside(adv, x, radius, (low, high))
 
 
 def run_mode(model: object, train_mode: bool) -> Any:
@@ -229,10 +229,13 @@ def _start(
     return radius * noise.uniform_(-1, 1, generator=rng).to(origin.device)
 
 
-def _rounded(adv: Tensor, x: Tensor, radius: float | Tensor) -> Tensor:
-    """`adv` in the dtype of `x`, still inside the ball: rounding to half precision can leave it."""
+def rounded_inside(
+    adv: Tensor, x: Tensor, radius: float | Tensor, bounds: tuple[float, float]
+) -> Tensor:
+    """`adv` in the dtype of `x`, still in ball and bounds: rounding to half precision can leave both."""
     if adv.dtype == x.dtype:
         return adv
     rounded = adv.to(x.dtype)
-    outside = (rounded.to(adv.dtype) - x.to(adv.dtype)).abs() > radius
+    wide, (low, high) = rounded.to(adv.dtype), bounds
+    outside = ((wide - x.to(adv.dtype)).abs() > radius) | (wide < low) | (wide > high)
     return torch.where(outside, torch.nextafter(rounded, x), rounded)

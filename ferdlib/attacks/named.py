@@ -146,7 +146,7 @@ def utae_pgd(
     Away from the reference, yet towards no class in particular. `utae_pgd(teacher, x, random_start=None)`
     is Eq. 10 to the letter; `utae_pgd(student, x, teacher(x))` attacks the student that is trained, as
     RSLAD does, and is what `FERDTrainer` uses. With `gamma=0` and without a start away from x, a model
-    that is its own reference gives a zero gradient, and the attack does not move.
+    that is its own reference gives no gradient but rounding noise, and the attack is none.
 
     Args:
         model: the attacked model, any callable from images to logits `(N, K)`.
@@ -250,6 +250,7 @@ def least_pgd_steps(
     _checks.choice(function, "count", count, ("first", "correct"))
     _checks.integer(function, "steps", steps, low=1)
     _checks.tensor(function, "targets", targets)
+    argument = "targets" if labels is None else "labels"
     if labels is None:
         if targets.is_floating_point():
             raise ValueError(
@@ -257,17 +258,20 @@ def least_pgd_steps(
             )
         labels = targets
     _checks.images(function, x)
-    truth = _checks.labels(function, labels, length=x.shape[0], argument="labels")
+    truth = _checks.labels(function, labels, length=x.shape[0], argument=argument)
     # Notation: alive, which samples have not been wrong so far; counts, the statistic d.
     counts = torch.zeros_like(truth)
     alive = torch.ones_like(truth, dtype=torch.bool)
 
     def observe(step: int, x_adv: Tensor, logits: Any) -> None:
-        nonlocal alive
-        correct = logits.argmax(dim=1) == truth
+        nonlocal alive, counts
+        z = _checks.logits(function, logits, argument="model(x)")
+        if step == 0:
+            _checks.labels(function, truth, num_classes=z.shape[1], argument=argument)
+        correct = z.argmax(dim=1) == truth
         if count == "first":
             alive = correct = alive & correct
-        counts.add_(correct)
+        counts = counts + correct
         if on_step is not None:
             on_step(step, x_adv, logits)
 

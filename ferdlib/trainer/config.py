@@ -16,7 +16,6 @@ PAPER: dict[str, Any] = {
     "mask_threshold": "sample",
     "uniformity_loss_weight": 5.0,
     "optimise_latents": False,
-    "reset_generator": False,
     "augment_synthesis": False,
     "augment": "none",
     "attack_model": "teacher",
@@ -27,6 +26,7 @@ PAPER: dict[str, Any] = {
 }
 
 RELEASED: dict[str, Any] = {
+    "reset_generator": True,
     "adversarial_loss": "decoupled_kl",
     "mask_threshold": "batch",
     "uniformity_loss_weight": 5.0,
@@ -81,8 +81,8 @@ class FERDConfig:
     """Adam's rate for the latent codes. Release: lr_z."""
     optimise_latents: bool = True
     """Train the codes along with the generator. Paper: Algorithm 1 trains theta_g only."""
-    reset_generator: bool = True
-    """Start each epoch from fresh generator weights. Paper: Algorithm 1 initialises once."""
+    reset_generator: bool = False
+    """Start each epoch from fresh generator weights. Paper: initialised once, Algorithm 1; release: True."""
     conditional_generator: bool = False
     """Feed the labels to the generator. Paper: g(z, y) in Algorithm 1; the release's is g(z)."""
     selection: Literal["batch", "sample", "last"] = "batch"
