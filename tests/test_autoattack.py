@@ -1,7 +1,9 @@
 """`autoattack` against `pyautoattack.AutoAttack` itself, and its manners."""
 
+import copy
+import logging
+import re
 import sys
-import threading
 from itertools import pairwise
 
 import pytest
@@ -12,48 +14,220 @@ from torch import nn
 from ferdlib.attacks import autoattack
 from ferdlib.attacks.autoattack import VERSIONS, _attacks
 
-STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
+NEEDED = {"apgd-t": 4, "apgd-dlr": 3}  # the classes that these losses need
 
 
 @pytest.fixture
-def unspoiled():
-    """The official suite reseeds torch and stops tracing; keep that from the other tests."""
-    random, trace, tracing = torch.get_rng_state(), sys.gettrace(), threading.gettrace()
+def tracing():
+    """The official suite stops tracing; keep that from the debugger and the coverage."""
+    trace = sys.gettrace()
     yield
-    torch.set_rng_state(random)
-    threading.settrace(tracing)
     sys.settrace(trace)
 
 
-def problem(make, num_classes, n=12):
-    """A model and images of which it calls all but the first two right."""
-    model = make(num_classes=num_classes, in_channels=1, width=6, seed=2)
+class Stairs(nn.Module):
+    """Quantised images: their zero gradients leave work for the later attacks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((8 * x).round() / 8)
+
+
+def problem(tiny_model, num_classes, n):
+    """Images of which the model calls all but the first right."""
+    model = Stairs(tiny_model(num_classes=num_classes, in_channels=1, seed=2)).eval()
     x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         y = model(x).argmax(dim=1)
-    y[:2] = (y[:2] + 1) % num_classes
+    y[0] = (y[0] + 1) % num_classes
     return model, x, y
 
 
-def official(model, x, y, *, num_classes, eps, attacks, batch_size, seed):
-    """The suite's own evaluation with the settings of its standard version."""
-    suite = AutoAttack(model, eps=eps, version="standard", seed=seed)
-    suite.version, suite.attacks_to_run = "custom", attacks
-    suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = min(9, num_classes - 1)
-    flags, x_adv = {}, x
-    for last in range(len(attacks) + 1):
-        suite.attacks_to_run = attacks[:last] or ["apgd-ce"]
-    x_adv, y_adv = suite.run_standard_evaluation(x, y, batch_size=batch_size)
-    return x_adv, y_adv == y, flags
+def official(model, x, y, *, num_classes, eps, version, batch_size, seed, caplog):
+    """The suite's own evaluation, its settings for few classes made by hand."""
+    suite = AutoAttack(model, eps=eps, version=version, seed=seed)
+    if num_classes < 10:
+        attacks = [name for name in VERSIONS[version] if num_classes >= NEEDED.get(name, 2)]
+        assert version == "standard"
+        suite = AutoAttack(model, eps=eps, version="custom", attacks=attacks, seed=seed)
+        suite.apgd.n_restarts = 1
+        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = num_classes - 1
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, logger="auto-attack"):
+        x_adv, predicted = suite.run_standard_evaluation(x, y, batch_size=batch_size)
+    # Its only trace of single attacks is in its log.
+    lines = re.findall(r"robust accuracy after (\S+): ([\d.]+)%", caplog.text)
+    return x_adv, predicted == y, {name.lower(): float(rate) for name, rate in lines}
 
 
-@pytest.mark.usefixtures("unspoiled")
-def test_probe(tiny_model):
-    import time
-    for k, epss in ((10, (.01,.02, .04, .06)), (3, (.02,.05, .1)), (2, (.02,.05, .1))):
-        for eps in epss:
-            model, x, y = problem(tiny_model, k)
-            t = time.time()
-            r = autoattack(model, x, y, num_classes=k, eps=eps, batch_size=5, seed=3)
-            print(k, eps, {a: int(v.sum()) for a, v in r.per_attack.items()}, time.time() - t)
-    assert 0
+@pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize(
+    ("num_classes", "version", "eps", "n"),
+    [
+        (10, "standard", 0.05, 8),
+        (3, "standard", 0.05, 8),
+        (2, "standard", 0.05, 8),
+        (10, "rand", 0.05, 4),
+        (10, "plus", 0.05, 4),
+    ],
+)
+def test_it_is_the_official_evaluation(tiny_model, caplog, num_classes, version, eps, n):
+    model, x, y = problem(tiny_model, num_classes, n)
+    arguments = {"num_classes": num_classes, "eps": eps, "version": version}
+    arguments |= {"batch_size": 5, "seed": 3}
+    random, twin = torch.get_rng_state(), copy.deepcopy(model)
+    result = autoattack(model, x, y, **arguments)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+
+    x_adv, robust, rates = official(twin, x, y, caplog=caplog, **arguments)
+    torch.set_rng_state(random)
+    assert torch.equal(result.robust, robust)
+    assert torch.equal(result.x_adv, x_adv)
+    print({k: int(v.sum()) for k, v in result.per_attack.items()}, rates)
+    ours = {name: 100 * flags.float().mean().item() for name, flags in result.per_attack.items()}
+    assert "apgd-ce" in rates
+    assert {name: ours[name] for name in rates} == pytest.approx(rates, abs=0.01)
+
+    assert list(ours) == [
+        "clean",
+        *(a for a in VERSIONS[version] if num_classes >= NEEDED.get(a, 2)),
+    ]
+    flags = list(result.per_attack.values())
+    assert all((later <= earlier).all() for earlier, later in pairwise(flags))
+    assert torch.equal(flags[-1], result.robust)
+    assert flags[0].tolist() == [False] + [True] * (n - 1)
+    with torch.no_grad():
+        assert torch.equal(model(result.x_adv).argmax(dim=1) == y, result.robust)
+    assert (result.x_adv - x).abs().max() <= eps + 1e-6
+    assert result.x_adv.min() >= 0
+    assert result.x_adv.max() <= 1
+    unchanged = (result.x_adv == x).all(dim=(1, 2, 3))
+    assert torch.equal(unchanged, result.robust | ~flags[0])
+
+
+def settings(num_classes, version):
+    images, found = torch.full((1, 1, 8, 8), 0.5), {}
+    pinned = ("n_iter", "n_restarts", "n_target_classes", "n_queries", "eot_iter", "targeted")
+    for name, perturb in _attacks(
+        lambda x: torch.zeros(len(x), num_classes), images, num_classes, 0.1, version, 7
+    ):
+        attack = perturb.__self__
+        assert (attack.eps, attack.seed, attack.norm) == (0.1, 7, "Linf")
+        found[name] = {key: getattr(attack, key) for key in pinned if hasattr(attack, key)}
+        found[name]["loss"] = getattr(attack, "loss", None)
+        found[name]["rho"] = getattr(attack, "thr_decr", getattr(attack, "p_init", None))
+    return found
+
+
+def test_the_published_settings_are_pinned():
+    apgd = {"n_iter": 100, "n_restarts": 1, "eot_iter": 1, "rho": 0.75}
+    fab = {"n_iter": 100, "n_restarts": 1, "targeted": True, "n_target_classes": 9}
+    assert settings(10, "standard") == {
+        "apgd-ce": apgd | {"loss": "ce"},
+        "apgd-t": apgd | {"loss": "dlr-targeted", "n_target_classes": 9},
+        "fab-t": fab | {"loss": None, "rho": None},
+        "square": {
+            "n_queries": 5000,
+            "n_restarts": 1,
+            "targeted": False,
+            "loss": "margin",
+            "rho": 0.8,
+        },
+    }
+
+
+@pytest.mark.parametrize(("num_classes", "targets"), [(2, 1), (3, 2), (4, 3), (10, 9), (100, 9)])
+def test_targets_follow_the_classes(num_classes, targets):
+    found = settings(num_classes, "standard")
+    assert ("apgd-t" in found) == (num_classes > 3)
+    assert {s["n_target_classes"] for s in found.values() if "n_target_classes" in s} == {targets}
+    assert ("apgd-dlr" in settings(num_classes, "plus")) == (num_classes > 2)
+
+
+def test_other_versions_keep_their_settings():
+    plus, rand = settings(10, "plus"), settings(10, "rand")
+    assert [plus[name]["n_restarts"] for name in VERSIONS["plus"]] == [5, 5, 5, 1, 1, 1]
+    assert [plus[name]["targeted"] for name in ("fab", "fab-t")] == [False, True]
+    assert {s["eot_iter"] for s in rand.values()} == {20}
+    assert [s["loss"] for s in rand.values()] == ["ce", "dlr"]
+
+
+def test_weights_behind_a_lambda_get_no_gradient(tiny_model):
+    model, x, y = problem(tiny_model, 3, 2)
+    model.model[0].weight.grad = torch.ones_like(model.model[0].weight)
+    result = autoattack(lambda images: model(images), x, y, num_classes=3, eps=1e-3)
+    assert result.per_attack["apgd-ce"].any()  # so FAB ran, which calls backward
+    first, *others = [p.grad for p in model.parameters()]
+    assert torch.equal(first, torch.ones_like(first))
+    assert others == [None] * len(others)
+
+
+@pytest.mark.usefixtures("tracing")
+def test_tracing_goes_on(tiny_model):
+    model, x, y = problem(tiny_model, 10, 2)
+
+    def tracer(frame, event, argument):
+        return None
+
+    sys.settrace(tracer)
+    autoattack(model, x, y, num_classes=10, eps=0.9)
+    assert sys.gettrace() is tracer
+
+
+def test_the_random_state_survives_an_exception():
+    def model(images):
+        if images.requires_grad:
+            raise ZeroDivisionError
+        return torch.ones(len(images), 1) * torch.tensor([1.0, 0.0])
+
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        autoattack(model, torch.rand(2, 1, 8, 8), torch.tensor([0, 0]), num_classes=2)
+    after_one_draw = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.rand(2, 1, 8, 8)
+    assert torch.equal(torch.get_rng_state(), after_one_draw)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [1, 0]])
+def test_wrong_images_and_no_images(labels):
+    def model(images):
+        return torch.stack([0 * images[:, 0, 0, 0], 100 + images.sum(dim=(1, 2, 3))], dim=1)
+
+    x = torch.rand(2, 1, 8, 8)
+    none = autoattack(model, x[:0], torch.tensor(labels)[:0], num_classes=2)
+    assert none.x_adv.shape == (0, 1, 8, 8)
+    assert none.robust.shape == none.per_attack["square"].shape == (0,)
+    wrong = autoattack(model, x, torch.tensor([0, 0]), num_classes=2)
+    assert not wrong.robust.any()
+    assert torch.equal(wrong.x_adv, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "argument"),
+    [
+        ({"num_classes": 11}, ValueError, "num_classes"),
+        ({"num_classes": 9}, ValueError, "num_classes"),
+        ({"num_classes": 1}, ValueError, "num_classes"),
+        ({"num_classes": 10.0}, TypeError, "num_classes"),
+        ({"version": "custom"}, ValueError, "version"),
+        ({"eps": 0.0}, ValueError, "eps"),
+        ({"eps": torch.tensor(0.1)}, TypeError, "eps"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"seed": None}, TypeError, "seed"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"targets": torch.tensor([0, 10])}, ValueError, "targets"),
+        ({"targets": torch.tensor([-1, 0])}, ValueError, "targets"),
+        ({"targets": torch.tensor([0])}, ValueError, "targets"),
+        ({"targets": torch.zeros(2, 10)}, TypeError, "targets"),
+        ({"x": torch.full((2, 1, 8, 8), 1.5)}, ValueError, "x"),
+    ],
+)
+def test_errors_name_the_argument(tiny_model, change, error, argument):
+    arguments = {"x": torch.rand(2, 1, 8, 8), "targets": torch.tensor([0, 1]), "num_classes": 10}
+    with pytest.raises(error, match=rf"^autoattack: .*`{argument}`"):
+        autoattack(tiny_model(num_classes=10, in_channels=1), **(arguments | change))

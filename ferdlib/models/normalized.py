@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ferdlib import _checks
 
@@ -27,7 +27,8 @@ class Normalized(nn.Module):
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: mean and std of different lengths, or a std that is not positive.
+        ValueError: mean and std of different lengths, a std that is not positive, or images of
+            another number of channels.
 
     Example:
         >>> model = Normalized(nn.Flatten(), mean=[0.5], std=[0.25])
@@ -63,5 +64,15 @@ class Normalized(nn.Module):
         return tuple(f"model.{name}" for name in layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model((x - self.mean) / self.std)
+        logits: Tensor = self.model(_standardised(x, self.mean, self.std))
         return logits
+
+
+@fx.wrap
+def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Kept whole by torch.fx, because the check branches; without it one channel would become three."""
+    if x.shape[1] != len(mean):
+        raise ValueError(
+            f"Normalized: expected `x` with {len(mean)} channels, as many as `mean`, got {tuple(x.shape)}"
+        )
+    return (x - mean) / std

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,22 +16,15 @@ from torch import Tensor, nn
 from ferdlib import _checks, losses, reweight
 from ferdlib._modes import borrowed
 from ferdlib.attacks import least_pgd_steps, pgd
-from ferdlib.augment import crop_flip
-from ferdlib.bottleneck import split_at
-from ferdlib.methods import FERDDistillation, FrozenTeacher, Method
-from ferdlib.synthesis import Generator, ImagePool, Inversion, Source
+from ferdlib.methods import FrozenTeacher, Method
+from ferdlib.synthesis import ImagePool, Inversion, Source
 from ferdlib.synthesis.inversion import OptimizerFactory, adam
+from ferdlib.trainer import parts
 from ferdlib.trainer.config import FERDConfig
+from ferdlib.trainer.parts import Rule
 
 AttackStep = Callable[[nn.Module, Tensor, Tensor], Tensor]
-Rule = Callable[[Tensor], Tensor]
 StudentOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "kl": losses.distillation,
-    "masked_kl": losses.masked_distillation,
-    "decoupled_kl": losses.decoupled_kl,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +114,7 @@ class FERDTrainer:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        _check_models(teacher, student, config)
+        parts.check_models(teacher, student, config)
         self._rng = torch.Generator().manual_seed(
             _checks.integer("FERDTrainer", "seed", seed, low=0)
         )
@@ -131,18 +123,20 @@ class FERDTrainer:
         self.config = config
         self._teacher_logits = FrozenTeacher(teacher)
         if source is None:
-            _check_logits(teacher, student, config, self.device)
-            generator = generator or _fresh_generator(config, self.device, self._rng)
-            source = self._inversion(generator.to(self.device), generator_optimizer or adam)
+            parts.check_logits(teacher, student, config, self.device)
+            generator = generator or parts.fresh_generator(config, self.device, self._rng)
+            source = parts.inversion(
+                config, teacher, generator.to(self.device), generator_optimizer or adam, self._rng
+            )
         self.source: Source = source
         self.generator = generator
-        self.method: Method = method or self._distillation()
+        self.method: Method = method or parts.distillation(config, teacher, self._rng)
         self._attack = attack or self.method.attack
-        self._rule = reweight or _rule(config)
-        self._augment = _augmentation(config, self._rng)
+        self._rule = reweight or parts.rule(config)
+        self._augment = parts.augmentation(config, self._rng)
         self.pool = ImagePool(config.pool_capacity, getattr(torch, config.pool_dtype))
         trained = [p for p in student.parameters() if p.requires_grad]
-        self.student_optimizer = (student_optimizer or self._sgd)(trained)
+        self.student_optimizer = (student_optimizer or partial(parts.sgd, config))(trained)
         self._initial_rates = [group["lr"] for group in self.student_optimizer.param_groups]
         self.class_probabilities = torch.full((config.num_classes,), 1 / config.num_classes)
         self.epoch = 0
@@ -212,7 +206,10 @@ class FERDTrainer:
             x = self._augment(x)
         # A student in train mode keeps its own flags: layers that its owner froze stay frozen.
         training = None if self.student.training else True
-        with self._precision(), borrowed(self.student, training=training, freeze=False):
+        with (
+            parts.precision(self.config, self.device),
+            borrowed(self.student, training=training, freeze=False),
+        ):
             x_adv = self._attack(self.student, x, y)
             loss = self.method.loss(self.student, x, x_adv, y).mean()
         self.student_optimizer.zero_grad(set_to_none=True)
@@ -326,20 +323,6 @@ class FERDTrainer:
             means.update(losses.margin(confidence, labels), labels)
         return means.compute().cpu()
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _sgd(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        config = self.config
-        return torch.optim.SGD(
-            parameters,
-            lr=config.student_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-
     def _set_rates(self) -> None:
         """The epoch's learning rates: a cosine of the epochs done, from the initial ones to 0."""
         config = self.config
@@ -351,125 +334,3 @@ class FERDTrainer:
             self.student_optimizer.param_groups, self._initial_rates, strict=True
         ):
             group["lr"] = initial * (1 + math.cos(math.pi * done)) / 2
-
-    def _inversion(self, generator: nn.Module, optimizer: OptimizerFactory) -> Inversion:
-        config = self.config
-        features, head = split_at(self.teacher, config.layer)
-        return Inversion(
-            teacher=self.teacher,
-            features=features,
-            head=head,
-            generator=generator,
-            num_classes=config.num_classes,
-            batch_size=config.batch_size,
-            steps=config.generator_steps,
-            latent_dim=config.latent_dim,
-            adv_weight=config.adv_loss_weight,
-            bn_weight=config.bn_loss_weight,
-            onehot_weight=config.onehot_loss_weight,
-            uniformity_weight=config.uniformity_loss_weight,
-            adversarial_from=0 if config.adversarial_warmup else config.warmup_epochs,
-            divergence=DIVERGENCES[config.adversarial_loss],
-            bn_models=config.bn_models,
-            bottleneck_beta=config.bottleneck_beta,
-            bottleneck_steps=config.bottleneck_steps,
-            bottleneck_lr=config.bottleneck_lr,
-            bottleneck_noise=config.bottleneck_noise,
-            bottleneck_reduction=config.bottleneck_reduction,
-            mask_threshold=config.mask_threshold,
-            generator_lr=config.generator_lr,
-            latent_lr=config.latent_lr,
-            optimise_latents=config.optimise_latents,
-            reset_generator=config.reset_generator,
-            selection=config.selection,
-            label_sampling=config.label_sampling,
-            augment=_augmentation(config, self._rng) if config.augment_synthesis else None,
-            optimizer=optimizer,
-            precision=self._precision,
-            rng=self._rng,
-        )
-
-    def _distillation(self) -> FERDDistillation:
-        config = self.config
-        return FERDDistillation(
-            teacher=self.teacher,
-            attack_model=config.attack_model,
-            gamma=config.gamma,
-            eps=config.eps,
-            step_size=config.step_size,
-            steps=config.attack_steps,
-            random_start=config.random_start,
-            clean_weight=config.clean_weight,
-            adv_weight=config.adv_weight,
-            rng=self._rng,
-        )
-
-
-def _rule(config: FERDConfig) -> Rule | None:
-    """The config's map from class statistics to probabilities, up to normalisation."""
-    steps = config.margin_attack_steps
-    floor = 0.5 / config.num_classes if config.class_floor is None else config.class_floor
-    rules: dict[str, Rule | None] = {
-        "none": None,
-        "margin_softmax": partial(
-            reweight.margin_softmax, temperature=config.reweight_temperature, floor=floor
-        ),
-        "margin_minmax": reweight.margin_minmax,
-        "lps_power": reweight.lps_power,
-        "lps_linear": partial(reweight.lps_linear, steps=steps),
-        "lps_sigmoid": partial(reweight.lps_sigmoid, steps=steps),
-        "lps_tanh": partial(reweight.lps_tanh, steps=steps),
-    }
-    return rules[config.reweighting]
-
-
-def _augmentation(config: FERDConfig, rng: torch.Generator) -> Callable[[Tensor], Tensor] | None:
-    if config.augment == "none":
-        return None
-    flip = config.augment == "crop_flip"
-    return partial(crop_flip, padding=config.crop_padding, flip=flip, rng=rng)
-
-
-def _fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generator) -> nn.Module:
-    """A generator whose weights come from `rng` alone: torch's initialisers would read the global state."""
-    with torch.device("meta"):
-        generator = Generator(
-            config.image_shape,
-            latent_dim=config.latent_dim,
-            width=config.generator_width,
-            num_classes=config.num_classes if config.conditional_generator else None,
-        )
-    generator.to_empty(device=device)
-    generator.reset(rng)
-    return generator
-
-
-def _check_models(teacher: Any, student: Any, config: Any) -> None:
-    for name, model in (("teacher", teacher), ("student", student)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"FERDTrainer: expected `{name}` to be a torch.nn.Module, got {_checks.got(model)}"
-            )
-    if not isinstance(config, FERDConfig):
-        raise TypeError(
-            f"FERDTrainer: expected `config` to be a FERDConfig, got {_checks.got(config)}"
-        )
-    if not {id(p) for p in teacher.parameters()}.isdisjoint(id(p) for p in student.parameters()):
-        raise ValueError(
-            "FERDTrainer: expected `teacher` and `student` without common parameters, got models that "
-            "share some; the student is trained in place, so copy it first"
-        )
-
-
-def _check_logits(
-    teacher: nn.Module, student: nn.Module, config: FERDConfig, device: torch.device
-) -> None:
-    image = torch.zeros(1, *config.image_shape, device=device)
-    with torch.no_grad(), borrowed(teacher, student):
-        for name, model in (("teacher", teacher), ("student", student)):
-            logits = model(image)
-            if not isinstance(logits, Tensor) or logits.shape != (1, config.num_classes):
-                raise ValueError(
-                    f"FERDTrainer: expected `{name}` to return logits of shape "
-                    f"(N, {config.num_classes}), got {_checks.got(logits)} for one image"
-                )
