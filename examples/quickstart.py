@@ -216,7 +216,7 @@ def draw_classes(results: dict[str, dict[str, Tensor]], attack: str, path: Path)
 
 def draw_images(trainer: FERDTrainer, path: Path) -> None:
     """Synthetic images from the pool, a row for each label that they were made for."""
-    x, y = trainer.pool.sample(len(trainer.pool), torch.Generator().manual_seed(0))
+    x, y = trainer.pool.sample(len(trainer.pool), rng=torch.Generator().manual_seed(0))
     figure, axes = plt.subplots(10, 10, figsize=(6, 6.2), layout="constrained")
     for label in range(10):
         for k, image in zip(range(10), x[y == label], strict=False):

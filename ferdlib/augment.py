@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ferdlib import _checks
 
+__all__ = ["crop_flip"]
+
 
 def crop_flip(
     x: Tensor, *, padding: int = 4, flip: bool = True, rng: torch.Generator | None = None

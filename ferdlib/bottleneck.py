@@ -16,6 +16,8 @@ from ferdlib import _checks
 from ferdlib._modes import borrowed
 from ferdlib.losses import cross_entropy
 
+__all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
+
 Part = Callable[[Tensor], Tensor]
 
 # Kim et al. guard the variance by the same amount: a dead channel has log(sigma^2 / 0).

@@ -293,6 +293,13 @@ def test_uniform_start_fills_the_ball():
     assert (offset.abs() < 0.01).float().mean() == pytest.approx(0.1, abs=0.01)
 
 
+def test_uniform_start_fills_each_sample_s_own_ball():
+    eps = torch.tensor([0.0, 0.02, 0.3])
+    offset = start(torch.full((3, 8, 32, 32), 0.5), "uniform", eps) - 0.5
+    assert (offset.abs().amax((1, 2, 3)) <= eps + 1e-7).all()
+    torch.testing.assert_close(offset.std((1, 2, 3)), eps / 3**0.5, rtol=0.03, atol=0)
+
+
 def test_normal_start_is_small_noise():
     x = torch.full((50, 2, 8, 8), 0.5)
     assert (start(x, "normal") - x).std() == pytest.approx(0.001, rel=0.03)

@@ -196,9 +196,13 @@ def test_class_counts(tiny_model, attack, num_classes):
 
 
 @ascents
-def test_a_generator_is_the_only_randomness(tiny_model, attack):
+@pytest.mark.parametrize(
+    ("start", "eps"), [("uniform", 0.1), ("uniform", torch.tensor([0.1, 0.2])), ("normal", 0.1)]
+)
+def test_a_generator_is_the_only_randomness(tiny_model, attack, start, eps):
     x, y, before = batch(), torch.tensor([0, 1]), torch.get_rng_state()
-    run = partial(ASCENTS[attack], tiny_model(num_classes=K), x, y, random_start="uniform")
+    model, rest = tiny_model(num_classes=K), {"random_start": start, "eps": eps}
+    run = partial(ASCENTS[attack], model, x, y, **rest)
     first, same, other = (run(rng=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, same)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ferdlib import losses, reweight
 from ferdlib.attacks import pgd
-from ferdlib.methods import FERDDistillation, Method
+from ferdlib.methods import FERDDistillation, FrozenTeacher, Method
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -186,6 +186,9 @@ def test_every_field_has_its_own_docstring():
         ({"class_floor": 0.05, "reweighting": "lps_power"}, ValueError),
         ({"optimise_latents": 1}, TypeError),
         ({"pool_capacity": 0}, ValueError),
+        ({"image_shape": (3, 30, 32)}, ValueError),
+        ({"image_shape": (3, "32", 32)}, ValueError),
+        ({"margin_ema": 1.0}, ValueError),
     ],
 )
 def test_config_names_the_wrong_field(changes, kind):
@@ -394,6 +397,38 @@ def test_another_source_trains_after_each_of_its_batches():
     assert len(calls) == 3 * TINY["student_steps"]
     assert stats[-1].pool_size == 36
     assert stats[-1].synthesis == {"note": 1.0}
+
+
+def test_a_source_without_batches_is_named():
+    trainer = make_trainer(source=Recorder(0))
+    with pytest.raises(RuntimeError, match="^FERDTrainer: expected `source` to yield a batch"):
+        trainer.fit()
+    with pytest.raises(RuntimeError, match="^FERDTrainer: expected `source` to yield a batch"):
+        trainer.synthesize()
+
+
+def test_concentrated_probabilities_are_warned_of(caplog):
+    trainer = make_trainer(reweight=lambda margins: torch.tensor([0.01, 0.98, 0.01]))
+    trainer.synthesize()
+    trainer.update_class_probabilities()
+    assert "class 1 has probability 0.98" in caplog.text
+
+
+def test_frozen_teacher_computes_once_and_never_gives_stale_logits():
+    teacher, _ = make_models()
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    frozen, x = FrozenTeacher(teacher), torch.rand(2, 1, 8, 8)
+    first = frozen(x)
+    assert frozen(x) is first
+    assert len(calls) == 1
+    x.zero_()
+    assert not torch.equal(frozen(x), first)
+    with torch.inference_mode():
+        y = torch.rand(2, 1, 8, 8)
+        frozen(y)
+        frozen(y)
+    assert len(calls) == 4
 
 
 def test_another_method_is_called_in_order():

@@ -98,7 +98,7 @@ def autoattack(
 
     def logits(batch: Tensor) -> Tensor:
         if torch.is_grad_enabled() and batch.requires_grad:
-            return _InputGradient.apply(batch, forward)  # type: ignore[no-any-return,no-untyped-call]
+            return _InputGradient.apply(batch, forward)  # type: ignore[no-any-return]
         return forward(batch)
 
     def classes(batch: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class _InputGradient(torch.autograd.Function):
         return ctx.logits.detach()  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # FAB differentiates one forward once per class.
         (of_x,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, retain_graph=True)
         return of_x, None

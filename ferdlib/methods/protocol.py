@@ -34,8 +34,8 @@ class Method(Protocol):
 class FrozenTeacher:
     """A teacher's logits in eval mode and without gradients, computed once per batch.
 
-    Attack and loss of a step ask for the same images: the logits of the last tensor object that came
-    are kept.
+    Attack and loss of a step ask for the same images: the logits of the last tensor that came are kept
+    until another one comes, or until that one is changed in place.
 
     Args:
         model: from images to logits `(N, K)`.
@@ -57,11 +57,15 @@ class FrozenTeacher:
             )
         self.model = model
         self._images: Tensor | None = None
+        self._version = -1
         self._logits: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._logits is None or self._images is not x:
+        # Tensors made under inference_mode have no version counter, and are not kept.
+        version = -1 if x.is_inference() else x._version
+        known = self._images is x and version == self._version != -1
+        if self._logits is None or not known:
             with torch.no_grad(), borrowed(self.model):
                 self._logits = self.model(x)
-            self._images = x
+            self._images, self._version = x, version
         return self._logits

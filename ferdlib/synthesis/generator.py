@@ -40,9 +40,9 @@ class Generator(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3:
+        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
             raise ValueError(
-                f"Generator: expected `image_shape` (C, H, W), got {tuple(image_shape)}"
+                f"Generator: expected `image_shape` (C, H, W), got {_checks.got(image_shape)}"
             )
         channels, height, breadth = (
             _checks.integer("Generator", "image_shape", side, low=1) for side in image_shape
@@ -78,6 +78,11 @@ class Generator(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images `(N, C, H, W)` in [0, 1] from codes `(N, latent_dim)` and, if conditional, labels."""
+        if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
+            raise ValueError(
+                f"Generator: expected `latents` of shape (N, {self.latent_dim}), got "
+                f"{tuple(latents.shape)}"
+            )
         if self.embedding is not None:
             if labels is None:
                 raise ValueError(
@@ -94,6 +99,7 @@ class Generator(nn.Module):
         Linear and convolution weights N(0, 0.02), BatchNorm weights N(1, 0.02), biases 0, label
         embeddings N(0, 1); drawn on the generator's device, or on the parameters' without one.
         """
+        _checks.generator("Generator.reset", rng)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 self._normal(module.weight, 0.0, 0.02, rng)

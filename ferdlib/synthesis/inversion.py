@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ferdlib import bottleneck, losses
 from ferdlib._modes import borrowed
 from ferdlib.bottleneck import Part
-from ferdlib.synthesis.generator import Generator
 from ferdlib.synthesis.source import sample_labels
 
 Batch = tuple[Tensor, Tensor]
@@ -37,7 +36,8 @@ class Inversion:
     Attributes:
         teacher: the model that is inverted, with BatchNorm layers if `bn_weight` is positive.
         features, head: its two parts, `bottleneck.split_at(teacher, layer)`.
-        generator: codes (and labels) to images; without a method `reset` it is never reset.
+        generator: codes to images, called with the labels too if it has an `embedding`; one without a
+            method `reset(rng)` is never reset.
         num_classes: K.
         batch_size, steps: images per epoch, and generator steps.
         latent_dim: size of a latent code.
@@ -51,7 +51,8 @@ class Inversion:
         mask_threshold: see `bottleneck.nonrobust_channels`.
         generator_lr, latent_lr: learning rates of the two groups given to `optimizer`.
         optimise_latents: whether the codes are trained too.
-        reset_generator: whether every epoch starts from fresh weights.
+        reset_generator: whether every epoch starts from fresh weights. With hundreds of steps an epoch
+            that keeps images diverse; with tens it costs the images their quality.
         selection: keep the "batch" of the lowest loss, each "sample" at its lowest cross-entropy plus
             uniformity loss, or the "last" batch.
         label_sampling: see `sample_labels`.
@@ -62,6 +63,7 @@ class Inversion:
 
     Example:
         >>> from ferdlib.models import small_cnn
+        >>> from ferdlib.synthesis import Generator
         >>> teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
         >>> features, head = bottleneck.split_at(teacher, "layer4")
         >>> source = Inversion(
@@ -96,7 +98,7 @@ class Inversion:
     generator_lr: float = 2e-3
     latent_lr: float = 0.015
     optimise_latents: bool = True
-    reset_generator: bool = True
+    reset_generator: bool = False
     selection: Literal["batch", "sample", "last"] = "batch"
     label_sampling: Literal["multinomial", "stratified"] = "multinomial"
     augment: Callable[[Tensor], Tensor] | None = None
@@ -136,8 +138,9 @@ class Inversion:
         labels = sample_labels(
             class_probabilities, self.batch_size, method=self.label_sampling, rng=self.rng
         ).to(device)
-        if self.reset_generator and isinstance(self.generator, Generator):
-            self.generator.reset(self.rng)
+        reset = getattr(self.generator, "reset", None)
+        if self.reset_generator and callable(reset):
+            reset(self.rng)
         weights = list(self.generator.parameters())
         groups: list[dict[str, Any]] = [{"params": weights, "lr": self.generator_lr}]
         if self.optimise_latents:

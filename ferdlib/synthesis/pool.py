@@ -74,7 +74,7 @@ class ImagePool:
         self._labels[slots] = y.to(x.device)
         self._added += len(x)
 
-    def sample(self, count: int, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """`count` images drawn uniformly, without repetition while there are enough.
 
         Returns:
@@ -84,6 +84,7 @@ class ImagePool:
             RuntimeError: the pool is empty.
         """
         _checks.integer("ImagePool.sample", "count", count, low=1)
+        _checks.generator("ImagePool.sample", rng)
         if self._images is None:
             raise RuntimeError("ImagePool.sample: expected images in the pool, got an empty one")
         device = self._images.device if rng is None else rng.device

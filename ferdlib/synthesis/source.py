@@ -62,6 +62,7 @@ def sample_labels(
     name = "sample_labels"
     p = _checks.class_vector(name, class_probabilities, argument="class_probabilities")
     _checks.integer(name, "count", count, low=1)
+    _checks.generator(name, rng)
     _checks.choice(name, "method", method, ("multinomial", "stratified"))
     if not bool((p >= 0).all()) or abs(float(p.sum()) - 1) > 1e-4:
         raise ValueError(

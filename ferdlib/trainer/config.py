@@ -8,34 +8,54 @@ from typing import Any, Literal, Self
 
 from ferdlib import _checks
 
+# Whatever may be tuned among the defaults is written out, so that no preset moves with it.
 PAPER: dict[str, Any] = {
     "warmup_epochs": 0,
-    "bottleneck_reduction": "sum",
-    "bn_models": "both",
-    "conditional_generator": True,
-    "mask_threshold": "sample",
-    "uniformity_loss_weight": 5.0,
     "optimise_latents": False,
-    "augment_synthesis": False,
-    "augment": "none",
+    "reset_generator": False,
+    "conditional_generator": True,
+    "adversarial_loss": "kl",
+    "bn_loss_weight": 5.0,
+    "uniformity_loss_weight": 5.0,
+    "bn_models": "both",
+    "bottleneck_reduction": "sum",
+    "mask_threshold": "sample",
     "attack_model": "teacher",
+    "gamma": 0.5,
     "random_start": None,
-    "margin_labels": "sampled",
+    "reweighting": "margin_softmax",
+    "reweight_temperature": 1.0,
     "class_floor": 0.0,
+    "margin_labels": "sampled",
+    "margin_images": "stored",
+    "margin_ema": 0.0,
     "absent_classes": "neutral",
+    "augment": "none",
+    "augment_synthesis": False,
 }
 
 RELEASED: dict[str, Any] = {
+    "warmup_epochs": 20,
+    "optimise_latents": True,
     "reset_generator": True,
+    "conditional_generator": False,
     "adversarial_loss": "decoupled_kl",
-    "mask_threshold": "batch",
+    "bn_loss_weight": 5.0,
     "uniformity_loss_weight": 5.0,
+    "bn_models": "teacher",
+    "bottleneck_reduction": "mean",
+    "mask_threshold": "batch",
+    "attack_model": "student",
     "gamma": 0.0,
+    "random_start": "normal",
     "reweighting": "margin_minmax",
+    "class_floor": 0.0,
     "margin_labels": "sampled",
     "margin_images": "last",
-    "class_floor": 0.0,
+    "margin_ema": 0.0,
     "absent_classes": "zero",
+    "augment": "crop_flip",
+    "augment_synthesis": True,
 }
 
 
@@ -196,6 +216,10 @@ class FERDConfig:
                 f"FERDConfig: expected `warmup_epochs` below `epochs` {self.epochs}, got "
                 f"{self.warmup_epochs}"
             )
+        if self.margin_ema == 1:
+            raise ValueError(
+                "FERDConfig: expected `margin_ema` below 1, got 1: nothing would be learnt"
+            )
         if self.class_floor is not None and self.class_floor >= 1 / self.num_classes:
             raise ValueError(
                 f"FERDConfig: expected `class_floor` below 1 / num_classes = "
@@ -227,8 +251,13 @@ class FERDConfig:
         elif type(None) in options and value is None:
             return
         elif name == "image_shape":
-            if not (isinstance(value, tuple) and len(value) == 3):
-                raise ValueError(f"FERDConfig: expected `image_shape` (C, H, W), got {value!r}")
+            sides = value if isinstance(value, tuple) and len(value) == 3 else (0, 0, 0)
+            fine = all(isinstance(side, int) and side > 0 for side in sides)
+            if not fine or sides[1] % 4 or sides[2] % 4:
+                raise ValueError(
+                    "FERDConfig: expected `image_shape` (C, H, W) of positive integers, H and W divisible "
+                    f"by 4, got {value!r}"
+                )
         elif hint is bool:
             if not isinstance(value, bool):
                 raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -161,7 +162,10 @@ class FERDTrainer:
 
     def synthesize(self) -> tuple[Tensor, Tensor]:
         """One batch from the source, appended to the pool (Algorithm 1, lines 6 to 11)."""
-        return self._store(next(self._batches()))
+        batch = next(self._batches(), None)
+        if batch is None:
+            raise RuntimeError("FERDTrainer: expected `source` to yield a batch, got none")
+        return self._store(batch)
 
     def update_class_probabilities(self) -> Tensor:
         """Class probabilities from the last batch's adversarial margins (Eq. 1 and 2, Algorithm 1, line 12).
@@ -190,6 +194,13 @@ class FERDTrainer:
             means = config.margin_ema * kept + (1 - config.margin_ema) * means
         self._statistic = means
         self.class_probabilities = reweight.normalize(self._rule(means), to="sum").float()
+        largest = float(self.class_probabilities.max())
+        if largest > max(0.5, 2 / config.num_classes):
+            logging.getLogger("ferdlib").warning(
+                "FERDTrainer: class %d has probability %.2f; raise `class_floor` or `reweight_temperature`",
+                int(self.class_probabilities.argmax()),
+                largest,
+            )
         return self.class_probabilities
 
     def distill_step(self) -> Tensor:
@@ -201,7 +212,7 @@ class FERDTrainer:
         Raises:
             RuntimeError: the pool is empty.
         """
-        x, y = self.pool.sample(self.config.batch_size, self._rng)
+        x, y = self.pool.sample(self.config.batch_size, rng=self._rng)
         if self._augment is not None:
             x = self._augment(x)
         # A student in train mode keeps its own flags: layers that its owner froze stay frozen.
@@ -266,12 +277,16 @@ class FERDTrainer:
         start = time.perf_counter()
         config, warmup = self.config, self.epoch < self.config.warmup_epochs
         self._set_rates()
+        self._batch = None
         step_losses: list[Tensor] = []
         for batch in self._batches():
-            x, y = self._store(batch)
+            self._store(batch)
             self.update_class_probabilities()
             if not warmup:
                 step_losses += [self.distill_step() for _ in range(config.student_steps)]
+        if self._batch is None:
+            raise RuntimeError("FERDTrainer: expected `source` to yield a batch, got none")
+        x, y = self._batch
         student_loss = float(torch.stack(step_losses).mean()) if step_losses else float("nan")
         if step_losses and not student_loss < float("inf"):
             raise RuntimeError(
