@@ -116,8 +116,8 @@ class FERDConfig:
     """Weight of L_bn. Paper: lambda_bn, Eq. 9."""
     onehot_loss_weight: float = 1.0
     """Weight of L_oh. Paper: lambda_oh, Eq. 9."""
-    uniformity_loss_weight: float = 5.0
-    """Weight of L_uni; 0 switches fairness-aware examples off. Paper: lambda_uni = 5, Eq. 9."""
+    uniformity_loss_weight: float = 0.1
+    """Weight of L_uni; 0 switches fairness-aware examples off. Paper and release: lambda_uni = 5, Eq. 9."""
     adversarial_loss: Literal["kl", "masked_kl", "decoupled_kl"] = "kl"
     """What L_adv grows. Paper: KL(f^T, f^S), Eq. 8; the release's is a decoupled KL."""
     adversarial_warmup: bool = True
@@ -190,8 +190,8 @@ class FERDConfig:
     """The stored batch, or the last augmented iterate (release)."""
     margin_attack_steps: int = 20
     """Steps of the PGD attack on the teacher, from a uniform start. Paper: PGD-20, section 4.2."""
-    margin_ema: float = 0.0
-    """Share of the last epoch's class statistic that is kept. Paper: none."""
+    margin_ema: float = 0.9
+    """Share of the last epoch's class statistic that is kept. Paper: none, so p follows a single batch."""
     absent_classes: Literal["previous", "neutral", "zero"] = "previous"
     """A class without samples keeps its last statistic, takes the mean of the others, or 0 (release)."""
 
