@@ -154,7 +154,7 @@ def ascend(
         for step in range(steps):
             adv.requires_grad_()
             output = model(adv.to(x.dtype))
-            values = loss(output, targets)
+            values = _values(function, loss, output, targets)
             # A sum in half precision would underflow or overflow; the sign of its gradient is all we use.
             total = values.to(torch.promote_types(values.dtype, torch.float32)).sum()
             if not total.requires_grad:
@@ -175,6 +175,16 @@ def ascend(
                 f"attack; look at the model's logits on these images"
             )
         return rounded_inside(adv, x, radius, (low, high))
+
+
+def _values(function: str, loss: Loss, output: Any, targets: Tensor) -> Tensor:
+    """The loss, whose complaints about what it was given start with the attack's name too."""
+    try:
+        return loss(output, targets)
+    except TypeError as error:
+        raise TypeError(f"{function}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{function}: {error}") from error
 
 
 def run_mode(model: object, train_mode: bool) -> Any:
