@@ -74,7 +74,7 @@ def test_pgd_hands_the_output_to_the_loss_unexamined():
 
     x_adv = attacks.pgd(make_tiny_model(), X, Y, rng=seeded())
     assert torch.equal(x_adv, attacks.pgd(pair, X, Y, loss=loss, rng=seeded()))
-    with pytest.raises(TypeError, match="^cross_entropy: expected `logits`"):
+    with pytest.raises(TypeError, match="^pgd: cross_entropy: expected `logits`"):
         attacks.pgd(pair, X, Y)
 
 
