@@ -132,8 +132,9 @@ def distil(teacher: nn.Module, settings: FERDConfig, seed: int, name: str) -> FE
     with tqdm(total=settings.epochs, desc=name, unit="epoch") as bar:
         for stats in trainer.epochs():
             bar.update()
+            progress = "warm-up" if stats.warmup else f"loss {stats.student_loss:.3f}"
             bar.set_postfix_str(
-                f"loss {stats.student_loss:.3f}, non-robust {stats.synthesis['nonrobust_fraction']:.0%}, "
+                f"{progress}, non-robust {stats.synthesis['nonrobust_fraction']:.0%}, "
                 f"labels agree {stats.label_agreement:.0%}, largest p {max(stats.class_probabilities):.2f}"
             )
     student.eval()

@@ -324,6 +324,16 @@ def test_a_state_of_another_config_is_refused_and_nothing_is_loaded():
     assert other.epoch == 0
 
 
+def test_a_state_of_another_student_is_refused_and_nothing_is_loaded():
+    trainer = make_trainer()
+    teacher, _ = make_models()
+    other = FERDTrainer(teacher, small_cnn(1, 3, width=3), config=trainer.config)
+    before = weights(other.student)
+    with pytest.raises(ValueError, match=r"^FERDTrainer.load_state_dict: .* student .*fc\.weight"):
+        other.load_state_dict(trainer.state_dict())
+    assert same(weights(other.student), before)
+
+
 def test_the_public_steps_are_the_epoch():
     by_hand, whole = (
         make_trainer(warmup_epochs=0, epochs=1),

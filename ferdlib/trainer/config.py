@@ -62,8 +62,9 @@ RELEASED: dict[str, Any] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FERDConfig:
     """FERD's settings. `FERDConfig.paper()` is the text to the letter, `FERDConfig.released()` what the
-    public code computes (its crashes excepted), and the defaults are the reading that works best, at
-    the paper's CIFAR-10 sizes. Every value is checked, and errors name the field.
+    public code computes (its crashes excepted), and the defaults are the readings that did best where
+    they were measured (docs/results.md), at the paper's CIFAR-10 sizes. Every value is checked, and
+    errors name the field.
 
     Raises:
         TypeError: a field of the wrong type.

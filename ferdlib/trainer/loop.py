@@ -252,8 +252,8 @@ class FERDTrainer:
         """Continue from a `state_dict()` of a trainer with the same config.
 
         Raises:
-            ValueError: the state was made under another config; the fields that differ are named, and
-                nothing is loaded.
+            ValueError: the state was made under another config (the fields that differ are named) or for
+                another student; nothing is loaded then.
         """
         saved, own = state["config"], asdict(self.config)
         differing = sorted(k for k in own.keys() | saved.keys() if saved.get(k) != own.get(k))
@@ -261,6 +261,16 @@ class FERDTrainer:
             raise ValueError(
                 "FERDTrainer.load_state_dict: expected a state of the same config, got other values "
                 f"for {', '.join(differing)}"
+            )
+        # torch loads what fits before it complains of what does not.
+        shapes = [
+            {name: tuple(value.shape) for name, value in weights.items()}
+            for weights in (state["student"], self.student.state_dict())
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "FERDTrainer.load_state_dict: expected a state of the same student architecture, got "
+                f"other names or shapes for {', '.join(sorted(dict(shapes[0].items() ^ shapes[1].items())))}"
             )
         state = copy.deepcopy(state)
         self.student.load_state_dict(state["student"])
