@@ -132,11 +132,12 @@ def distil(teacher: nn.Module, settings: FERDConfig, seed: int, name: str) -> FE
     with tqdm(total=settings.epochs, desc=name, unit="epoch") as bar:
         for stats in trainer.epochs():
             bar.update()
-            progress = "warm-up" if stats.warmup else f"loss {stats.student_loss:.3f}"
-            bar.set_postfix_str(
-                f"{progress}, non-robust {stats.synthesis['nonrobust_fraction']:.0%}, "
-                f"labels agree {stats.label_agreement:.0%}, largest p {max(stats.class_probabilities):.2f}"
-            )
+            shown = ["warm-up" if stats.warmup else f"loss {stats.student_loss:.3f}"]
+            if settings.uniformity_loss_weight:
+                shown.append(f"non-robust {stats.synthesis['nonrobust_fraction']:.0%}")
+            shown.append(f"labels agree {stats.label_agreement:.0%}")
+            shown.append(f"largest p {max(stats.class_probabilities):.2f}")
+            bar.set_postfix_str(", ".join(shown))
     student.eval()
     return trainer
 

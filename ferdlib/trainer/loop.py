@@ -24,6 +24,8 @@ from ferdlib.trainer import parts
 from ferdlib.trainer.config import FERDConfig
 from ferdlib.trainer.parts import Rule
 
+LOG = logging.getLogger("ferdlib")
+
 AttackStep = Callable[[nn.Module, Tensor, Tensor], Tensor]
 StudentOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -196,7 +198,7 @@ class FERDTrainer:
         self.class_probabilities = reweight.normalize(self._rule(means), to="sum").float()
         largest = float(self.class_probabilities.max())
         if largest > max(0.5, 2 / config.num_classes):
-            logging.getLogger("ferdlib").warning(
+            LOG.warning(
                 "FERDTrainer: class %d has probability %.2f; raise `class_floor` or `reweight_temperature`",
                 int(self.class_probabilities.argmax()),
                 largest,
@@ -305,7 +307,7 @@ class FERDTrainer:
             )
         self.method.end_epoch()
         self.epoch += 1
-        return EpochStats(
+        stats = EpochStats(
             epoch=self.epoch,
             warmup=warmup,
             student_loss=student_loss,
@@ -317,6 +319,8 @@ class FERDTrainer:
             synthesis=dict(self.source.metrics),
             seconds=time.perf_counter() - start,
         )
+        LOG.info("%s", stats)
+        return stats
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.source.epoch(self.student, self.class_probabilities)
