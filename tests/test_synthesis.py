@@ -33,7 +33,6 @@ def make_inversion(**changes: object) -> tuple[Inversion, nn.Module]:
         "head": head,
         "generator": Generator((1, 8, 8), latent_dim=5, width=4),
         "latent_dim": 5,
-        "num_classes": 3,
         "batch_size": 6,
         "steps": 4,
         "bottleneck_steps": 30,

@@ -38,7 +38,6 @@ class Inversion:
         features, head: its two parts, `bottleneck.split_at(teacher, layer)`.
         generator: codes to images, called with the labels too if it has an `embedding`; one without a
             method `reset(rng)` is never reset.
-        num_classes: K.
         batch_size, steps: images per epoch, and generator steps.
         latent_dim: size of a latent code.
         adv_weight, bn_weight, onehot_weight, uniformity_weight: the $\lambda$ of Eq. 9. Without
@@ -68,7 +67,7 @@ class Inversion:
         >>> features, head = bottleneck.split_at(teacher, "layer4")
         >>> source = Inversion(
         ...     teacher=teacher, features=features, head=head, generator=Generator((1, 8, 8), width=4),
-        ...     num_classes=3, batch_size=6, steps=2, bottleneck_steps=2)
+        ...     batch_size=6, steps=2, bottleneck_steps=2)
         >>> x, y = next(source.epoch(student, torch.full((3,), 1 / 3)))
         >>> x.shape, y.shape
         (torch.Size([6, 1, 8, 8]), torch.Size([6]))
@@ -78,7 +77,6 @@ class Inversion:
     features: Part
     head: Part
     generator: nn.Module
-    num_classes: int
     batch_size: int = 256
     steps: int = 200
     latent_dim: int = 100
@@ -111,6 +109,10 @@ class Inversion:
 
     def epoch(self, student: nn.Module, class_probabilities: Tensor) -> Iterator[Batch]:
         """Yields the epoch's batch: images `(N, C, H, W)` in [0, 1] and the labels they were made for.
+
+        Args:
+            student: the other side of $L_{adv}$.
+            class_probabilities: p, `(K,)` with sum 1.
 
         Raises:
             RuntimeError: the generator's loss became NaN or infinite.

@@ -42,7 +42,6 @@ def inversion(
         features=features,
         head=head,
         generator=generator,
-        num_classes=config.num_classes,
         batch_size=config.batch_size,
         steps=config.generator_steps,
         latent_dim=config.latent_dim,
