@@ -28,10 +28,12 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart_prints_the_table(quickstart):
     _, printed, progress = quickstart
-    rows = [line for line in printed.splitlines() if re.match(r"^(teacher|FERD|w/o)", line)]
-    names = ["teacher", "FERD", "w/o reweighting", "w/o FAEs", "w/o UTAEs", "w/o all three"]
-    assert [row.split("|")[0].strip() for row in rows[:6]] == names
-    for row in rows[:6]:
+    rows = [line for line in printed.splitlines() if re.match(r"^(teacher|FERD|all|w/o).*\|", line)]
+    names = ["teacher", "FERD", "all three parts", "w/o reweighting", "w/o FAEs (= FERD)"]
+    names += ["w/o UTAEs", "w/o all three"]
+    assert [row.split("|")[0].strip() for row in rows] == names
+    assert rows[1].split("|")[1:] == rows[4].split("|")[1:]
+    for row in rows:
         cells = [re.findall(r"\d+\.\d+|\(\d\)", cell) for cell in row.split("|")[1:]]
         assert [len(cell) for cell in cells] == [4, 4, 4, 4]
         clean, fgsm, pgd, cw = (float(cell[0]) for cell in cells)

@@ -83,6 +83,7 @@ def test_every_preset_trains_and_leaves_the_teacher(preset):
     "changes",
     [
         {"reweighting": "none"},
+        {"uniformity_loss_weight": 1.0},
         {"reweighting": "margin_minmax"},
         {"reweighting": "lps_power"},
         {"reweighting": "lps_linear"},

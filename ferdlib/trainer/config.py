@@ -117,8 +117,8 @@ class FERDConfig:
     """Weight of L_bn. Paper: lambda_bn, Eq. 9."""
     onehot_loss_weight: float = 1.0
     """Weight of L_oh. Paper: lambda_oh, Eq. 9."""
-    uniformity_loss_weight: float = 0.1
-    """Weight of L_uni; 0 switches fairness-aware examples off. Paper and release: lambda_uni = 5, Eq. 9."""
+    uniformity_loss_weight: float = 0.0
+    """Weight of L_uni; 0 is no fairness-aware examples. Paper and release: lambda_uni = 5, Eq. 9."""
     adversarial_loss: Literal["kl", "masked_kl", "decoupled_kl"] = "kl"
     """What L_adv grows. Paper: KL(f^T, f^S), Eq. 8; the release's is a decoupled KL."""
     adversarial_warmup: bool = True
