@@ -1,7 +1,7 @@
 """FERD from end to end on a CPU, in minutes and without a download.
 
 A robust teacher is trained on scikit-learn's 1,797 digits (8x8 pixels), the data are put away, and a
-student a fifth of its size is distilled from the teacher alone. Both are then attacked on the 540 test
+student a sixth of its size is distilled from the teacher alone. Both are then attacked on the 540 test
 digits. The models are chosen by nothing: the last epoch counts, and the test digits are used once.
 
     python examples/quickstart.py                # the table and two pictures, under runs/
