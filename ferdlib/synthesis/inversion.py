@@ -59,6 +59,10 @@ class Inversion:
         optimizer: makes the epoch's optimizer from parameter groups.
         precision: called for a context around the forwards, for autocast.
         rng: source of all randomness; None takes torch's default generator.
+        metrics: the last step's unweighted losses, their `total`, and the `nonrobust_fraction` (nan
+            without the bottleneck).
+        last_images: the last step's images, augmented.
+        epochs_done: how many epochs have been made.
 
     Example:
         >>> from ferdlib.models import small_cnn
