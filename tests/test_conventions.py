@@ -275,7 +275,7 @@ def test_a_wrong_type_is_a_type_error_with_the_functions_name(function):
     parameters = inspect.signature(function).parameters
     needed = [n for n, p in parameters.items() if p.default is p.empty] or list(parameters)
     with pytest.raises(TypeError) as error:
-        function(**dict.fromkeys(needed, "wrong"))
+        function(**dict.fromkeys(needed, object()))
     start = re.match(r"(\w+): expected `(\w+)`", str(error.value))
     assert start[1] == function.__name__
     assert start[2] in needed

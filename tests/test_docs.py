@@ -16,11 +16,12 @@ from ferdlib.trainer import FERDConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-DOCUMENTS = sorted(p for p in [ROOT / "README.md", *DOCS.glob("*.md")] if p.exists())
+DOCUMENTS = sorted(p for p in [ROOT / "README.md", *DOCS.rglob("*.md")] if p.exists())
 MODULES = ["ferdlib", *(m.name for m in pkgutil.walk_packages(ferdlib.__path__, "ferdlib."))]
 PUBLIC_MODULES = [m for m in MODULES if m.count(".") == 1 and "._" not in m]
 # Protocols, and what something else returns: their examples are those of what uses or makes them.
-WITHOUT_EXAMPLE = {"AutoAttackResult", "EpochStats", "Method", "SmallCNN", "Source"}
+WITHOUT_EXAMPLE = {"AutoAttackResult", "EpochStats", "Method", "Source"}
+WITHOUT_EXAMPLE |= {"MobileNetV2", "PreActResNet", "SmallCNN", "WideResNet"}
 BLOCK = re.compile(
     r"(?:<!--\s*not run:(?P<reason>.*?)-->\s*)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```$",
     flags=re.MULTILINE | re.DOTALL,

@@ -1,7 +1,34 @@
-"""Small image classifiers for 8x8 to 64x64 inputs, with the names of the layers that can be cut."""
+"""Image classifiers for 8x8 to 64x64 inputs, the names of the layers that can be cut, and checkpoints."""
 
+from ferdlib.models.checkpoint import load_checkpoint, load_robustbench
 from ferdlib.models.cnn import SmallCNN, small_cnn
+from ferdlib.models.mobilenet import MobileNetV2, mobilenet_v2
 from ferdlib.models.normalized import Normalized
-from ferdlib.models.resnet import resnet18
+from ferdlib.models.preact import (
+    PreActResNet,
+    WideResNet,
+    preact_resnet18,
+    preact_resnet34,
+    wide_resnet,
+)
+from ferdlib.models.registry import create
+from ferdlib.models.resnet import resnet18, resnet34, resnet56
 
-__all__ = ["Normalized", "SmallCNN", "resnet18", "small_cnn"]
+__all__ = [
+    "MobileNetV2",
+    "Normalized",
+    "PreActResNet",
+    "SmallCNN",
+    "WideResNet",
+    "create",
+    "load_checkpoint",
+    "load_robustbench",
+    "mobilenet_v2",
+    "preact_resnet18",
+    "preact_resnet34",
+    "resnet18",
+    "resnet34",
+    "resnet56",
+    "small_cnn",
+    "wide_resnet",
+]

@@ -1,0 +1,217 @@
+"""Residual networks with pre-activation: the wide ones of the teachers, and PreActResNet.
+
+Submodules carry the names of the public implementations, so that their checkpoints fit.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ferdlib import _checks
+
+
+class WideResNet(nn.Module):
+    """Wide residual network (Zagoruyko and Komodakis 2016), named as TRADES and RobustBench name it.
+
+    Made by `wide_resnet`.
+
+    Attributes:
+        feature_layers: names that `bottleneck.split_at` can cut. The last, "bn1", is FERD's tap: after
+            the last block and the final BatchNorm, before the ReLU.
+    """
+
+    feature_layers = ("block1", "block2", "block3", "bn1")
+
+    def __init__(self, depth: int, width: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.block1 = _WideStage(blocks, 16, 16 * width, stride=1)
+        self.block2 = _WideStage(blocks, 16 * width, 32 * width, stride=2)
+        self.block3 = _WideStage(blocks, 32 * width, 64 * width, stride=2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(64 * width, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(z, 1).flatten(1))
+        return logits
+
+
+class PreActResNet(nn.Module):
+    """PreActResNet (He et al. 2016b) with a final BatchNorm, named as in the releases of FERD and CFA.
+
+    Made by `preact_resnet18` and `preact_resnet34`.
+
+    Attributes:
+        feature_layers: names that `bottleneck.split_at` can cut. The last, "bn", is where FERD taps its
+            WideResNet: after the last block and the final BatchNorm, before the ReLU.
+    """
+
+    feature_layers = ("layer1", "layer2", "layer3", "layer4", "bn")
+
+    def __init__(
+        self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.layer1 = _preact_stage(blocks[0], 64, 64, stride=1)
+        self.layer2 = _preact_stage(blocks[1], 64, 128, stride=2)
+        self.layer3 = _preact_stage(blocks[2], 128, 256, stride=2)
+        self.layer4 = _preact_stage(blocks[3], 256, 512, stride=2)
+        self.bn = nn.BatchNorm2d(512)
+        self.linear = nn.Linear(512, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(F.relu(self.bn(z)), 1).flatten(1))
+        return logits
+
+
+def wide_resnet(
+    depth: int = 34, width: int = 10, num_classes: int = 10, *, in_channels: int = 3
+) -> WideResNet:
+    """WideResNet-depth-width for 32x32 images; 34-10 is the papers' teacher, 46.2 M parameters, 6.66 GMAC.
+
+    Args:
+        depth: 6n + 4 with n >= 1: 10, 16, 22, 28, 34, ...
+        width: widening factor, >= 1.
+        num_classes: K >= 2.
+        in_channels: colour channels of the images, >= 1.
+
+    Returns:
+        A freshly initialised `WideResNet` in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
+
+    Raises:
+        TypeError, ValueError: arguments that are not integers in range, or a depth that is not 6n + 4.
+
+    Example:
+        >>> sum(p.numel() for p in wide_resnet(16, 4).parameters())
+        2748890
+    """
+    _checks.integer("wide_resnet", "depth", depth, low=10)
+    _checks.integer("wide_resnet", "width", width, low=1)
+    _checks.integer("wide_resnet", "num_classes", num_classes, low=2)
+    _checks.integer("wide_resnet", "in_channels", in_channels, low=1)
+    if (depth - 4) % 6:
+        raise ValueError(f"wide_resnet: expected `depth` of the form 6n + 4, got {depth}")
+    return WideResNet(depth, width, num_classes, in_channels)
+
+
+def preact_resnet18(num_classes: int = 10, *, in_channels: int = 3) -> PreActResNet:
+    """PreActResNet-18 for 32x32 and 64x64 images: 11.17 M parameters; 2.22 GMAC at 64x64.
+
+    Args:
+        num_classes: K >= 2.
+        in_channels: colour channels of the images, >= 1.
+
+    Returns:
+        A freshly initialised `PreActResNet` in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
+
+    Raises:
+        TypeError, ValueError: arguments that are not integers in range.
+
+    Example:
+        >>> sum(p.numel() for p in preact_resnet18(10).parameters())
+        11172170
+    """
+    return _preact_resnet("preact_resnet18", (2, 2, 2, 2), num_classes, in_channels)
+
+
+def preact_resnet34(num_classes: int = 10, *, in_channels: int = 3) -> PreActResNet:
+    """PreActResNet-34, FERD's Tiny-ImageNet teacher: 4.64 GMAC at 64x64. Otherwise as `preact_resnet18`.
+
+    Args:
+        num_classes: K >= 2.
+        in_channels: colour channels of the images, >= 1.
+
+    Returns:
+        A freshly initialised `PreActResNet` in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
+
+    Raises:
+        TypeError, ValueError: arguments that are not integers in range.
+
+    Example:
+        >>> preact_resnet34(200).linear.out_features
+        200
+    """
+    return _preact_resnet("preact_resnet34", (3, 4, 6, 3), num_classes, in_channels)
+
+
+def _preact_resnet(
+    name: str, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int
+) -> PreActResNet:
+    _checks.integer(name, "num_classes", num_classes, low=2)
+    _checks.integer(name, "in_channels", in_channels, low=1)
+    return PreActResNet(blocks, num_classes, in_channels)
+
+
+class _WideStage(nn.Module):
+    def __init__(self, blocks: int, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        first = _WideBlock(in_channels, out_channels, stride=stride)
+        rest = (_WideBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.layer(x)
+        return z
+
+
+class _WideBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        # Between equal numbers of channels the shortcut is the input itself, before BatchNorm and ReLU.
+        self.convShortcut = (
+            None
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        z: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return z + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class _PreActBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = (
+            None
+            if stride == 1 and in_channels == out_channels
+            else nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        z: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return z + (x if self.shortcut is None else self.shortcut(active))
+
+
+def _preact_stage(
+    blocks: int, in_channels: int, out_channels: int, *, stride: int
+) -> nn.Sequential:
+    first = _PreActBlock(in_channels, out_channels, stride=stride)
+    rest = (_PreActBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)
+
+
+def _initialise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,64 @@
+"""Models by name, as a command line or a checkpoint names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from ferdlib import _checks
+from ferdlib.models.cnn import small_cnn
+from ferdlib.models.mobilenet import mobilenet_v2
+from ferdlib.models.preact import preact_resnet18, preact_resnet34, wide_resnet
+from ferdlib.models.resnet import resnet18, resnet34, resnet56
+
+PLAIN: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet56": resnet56,
+    "preact_resnet18": preact_resnet18,
+    "preact_resnet34": preact_resnet34,
+    "mobilenet_v2": mobilenet_v2,
+}
+
+
+def create(architecture: str, num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
+    """A freshly initialised model by its name.
+
+    Args:
+        architecture: "resnet18", "resnet34", "resnet56", "preact_resnet18", "preact_resnet34",
+            "mobilenet_v2", "wide_resnet_DEPTH_WIDTH" such as "wide_resnet_34_10", or "small_cnn_WIDTH".
+        num_classes: K >= 2.
+        in_channels: colour channels of the images, >= 1.
+
+    Returns:
+        The module in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
+
+    Raises:
+        TypeError, ValueError: an unknown name, or what the model's own function refuses.
+
+    Example:
+        >>> create("wide_resnet_28_4", num_classes=100).feature_layers
+        ('block1', 'block2', 'block3', 'bn1')
+    """
+    return build("create", architecture, num_classes, in_channels)
+
+
+def build(function: str, architecture: str, num_classes: int, in_channels: int) -> nn.Module:
+    """`create`, whose errors name the public function that was called."""
+    if not isinstance(architecture, str):
+        raise TypeError(
+            f"{function}: expected `architecture` to be a string, got {_checks.got(architecture)}"
+        )
+    if architecture in PLAIN:
+        return PLAIN[architecture](num_classes, in_channels=in_channels)
+    if match := re.fullmatch(r"wide_resnet_(\d+)_(\d+)", architecture):
+        depth, width = map(int, match.groups())
+        return wide_resnet(depth, width, num_classes, in_channels=in_channels)
+    if match := re.fullmatch(r"small_cnn_(\d+)", architecture):
+        return small_cnn(in_channels, num_classes, width=int(match.group(1)))
+    raise ValueError(
+        f"{function}: expected `architecture` to be one of {', '.join(PLAIN)}, wide_resnet_DEPTH_WIDTH, "
+        f"small_cnn_WIDTH, got {architecture!r}"
+    )
