@@ -82,7 +82,7 @@ class FERDConfig:
     layer: str
     """The teacher's layer that the bottleneck reads, see `bottleneck.split_at`. Paper: l, section 5.1, Table 9."""
     image_shape: tuple[int, int, int] = (3, 32, 32)
-    """(C, H, W) of the synthetic images; H and W divisible by 4."""
+    """(C, H, W) of the synthetic images in pixels; H and W divisible by 4. Paper: 3x32x32, 3x64x64."""
     epochs: int = 220
     """All epochs, warm-up included. Paper: T, section 5.1 and Fig. 8."""
     warmup_epochs: int = 20
@@ -95,7 +95,7 @@ class FERDConfig:
     generator_lr: float = 2e-3
     """Adam's rate for the generator, betas (0.5, 0.999). Paper: eta_g."""
     generator_width: int = 64
-    """Channels before the generator's last convolution."""
+    """Channels before the generator's last convolution. Release: ngf = 64."""
     latent_dim: int = 100
     """Size of a latent code. Release: nz."""
     latent_lr: float = 0.015
@@ -205,9 +205,9 @@ class FERDConfig:
     pool_capacity: int | None = None
     """Most images to keep; None keeps all. Paper: D grows."""
     pool_dtype: Literal["float32", "uint8"] = "float32"
-    """How images are kept; uint8 rounds."""
+    """How images are kept; uint8 rounds to 1/255. Release: float32."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the models under autocast; losses stay in float32."""
+    """bfloat16 runs the models under autocast; losses stay in float32. Release: float32."""
 
     def __post_init__(self) -> None:
         for name in fields(self):

@@ -1,0 +1,365 @@
+"""FERD at CIFAR scale: a student from a robust teacher, without data. The test images only measure it.
+
+    python examples/cifar10_ferd.py --teacher Chen2024Data_WRN_34_10 --download
+    python examples/cifar10_ferd.py --teacher runs/teacher/teacher.pt --student mobilenet_v2 --preset released
+    python examples/cifar10_ferd.py --smoke        # two tiny epochs on generated images, on any machine
+
+`--preset` sets every option of FERD at once (default: ferdlib's recommended ones; paper: the text to the
+letter; released: what the authors' code computes), each option given beside it changes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import train_teacher
+from class_table import attacks, class_accuracies, print_table
+from ferdlib.models import Normalized, create, load_checkpoint, load_robustbench
+from ferdlib.models.checkpoint import PUBLISHED
+from ferdlib.trainer import EpochStats, FERDConfig, FERDTrainer
+from image_data import SHAPES, Images, Source, load, stratified
+
+PRESETS = {"default": FERDConfig, "paper": FERDConfig.paper, "released": FERDConfig.released}
+# Sizes of `--smoke`, whatever the preset says of them.
+SMOKE: dict[str, Any] = {
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "batch_size": 16,
+    "generator_steps": 3,
+    "generator_width": 8,
+    "bottleneck_steps": 3,
+    "student_steps": 3,
+    "attack_steps": 3,
+    "margin_attack_steps": 3,
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Distil a robust student without data (FERD), and attack it class by class."""
+
+    ferd: Annotated[FERDConfig, tyro.conf.arg(name="")]
+    """FERD's settings."""
+    teacher: Path | None = None
+    """Checkpoint of the robust teacher, or a name of RobustBench: Chen2024Data_WRN_34_10 is the paper's
+    f^T. A name is looked for under models/, where RobustBench puts it; --download lets it."""
+    teacher_architecture: str | None = None
+    """What the checkpoint is, such as wide_resnet_34_10; not needed if the file or its name says it."""
+    teacher_mean: tuple[float, float, float] | None = None
+    """Mean of the channels that the teacher's inputs are normalised with, in units of [0, 1] pixels."""
+    teacher_std: tuple[float, float, float] | None = None
+    """Standard deviation of the same, same units."""
+    student: str = "resnet18"
+    """Architecture of the student: resnet18, mobilenet_v2 or another name of ferdlib.models.create.
+    Paper: f^S."""
+    preset: Literal["default", "paper", "released"] = "default"
+    """Where FERD's options come from that are not given: section 5.1 of the paper, its release, or ours."""
+    data: Source = "cifar10"
+    """Test images: a torchvision data set, or "folder" for root/test (or val) with a folder a class."""
+    root: Path = Path("data")
+    """Folder of the data."""
+    download: bool = False
+    """Fetch the data if they are not there."""
+    test_images: int | None = None
+    """How many test images, with equal shares of the classes; None takes all."""
+    autoattack: bool = False
+    """Add AutoAttack to the table: nearly a second per robust image and core on a CPU."""
+    channels_last: bool = False
+    """Memory format of the models; faster on recent GPUs."""
+    tensorboard: bool = False
+    """Write the progress of each epoch for TensorBoard, under OUT/tensorboard."""
+    checkpoint_every: int = 10
+    """Epochs between checkpoints, and after the last one."""
+    resume: Path | None = None
+    """Checkpoint to continue from, made with the same options."""
+    max_minutes: float | None = None
+    """Write a checkpoint and stop after the epoch during which this many minutes have passed."""
+    seed: int = 0
+    """Of the student's weights and all noise. Paper: five runs; release: 0."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+    out: Path = Path("runs/cifar10_ferd")
+    """Folder for checkpoint.pt, student.pt, classwise.json and synthetic.png."""
+    smoke: bool = False
+    """Two epochs of tiny sizes on generated images, with a tiny teacher unless one is given."""
+
+
+def parse(argv: list[str]) -> Args:
+    """Preset, data and --smoke first, because they set the defaults of everything else."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", choices=PRESETS, default="default")
+    early.add_argument("--data", choices=SHAPES, default="cifar10")
+    early.add_argument("--smoke", action="store_true")
+    known, _ = early.parse_known_args(argv)
+    data = "folder" if known.smoke else known.data
+    classes, shape = SHAPES[data]
+    sizes = SMOKE if known.smoke else {}
+    config = PRESETS[known.preset](num_classes=classes, layer="", image_shape=shape, **sizes)
+    student = "small_cnn_8" if known.smoke else "resnet18"
+    default = Args(ferd=config, preset=known.preset, data=data, student=student, smoke=known.smoke)
+    return tyro.cli(Args, args=argv, default=default)
+
+
+def generated_images(root: Path, config: FERDConfig) -> None:
+    """Noise in a colour of its own for every class, as files that `--data folder` reads."""
+    from torchvision.utils import save_image
+
+    rng = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for c in range(config.num_classes):
+            folder = root / split / f"class{c:03d}"
+            folder.mkdir(parents=True)
+            colour = torch.rand(
+                config.image_shape[0], 1, 1, generator=torch.Generator().manual_seed(c)
+            )
+            for k in range(count):
+                noise = torch.rand(config.image_shape, generator=rng)
+                save_image((0.7 * colour + 0.3 * noise), folder / f"{k}.png")
+
+
+def tiny_teacher(args: Args) -> Path:
+    """A small network after a few steps of adversarial training on the generated images."""
+    path = args.root / "teacher.pt"
+    settings = train_teacher.Args(
+        data="folder",
+        root=args.root,
+        architecture="wide_resnet_10_1",
+        method="sat",
+        epochs=2,
+        batch_size=20,
+        val_images=10,
+        attack_steps=3,
+        device=args.device,
+    )
+    training, _, _ = train_teacher.prepare(settings)
+    for _ in training.epochs():
+        pass
+    training.save_model(path)
+    return path
+
+
+def robustbench_file(name: str, args: Args) -> Path:
+    """Where RobustBench keeps a model of that name, after it has fetched it if that was asked for."""
+    path = Path("models", args.data, "Linf", f"{name}.pt")
+    if not path.is_file() and args.download:
+        import pyautoattack
+
+        sys.modules.setdefault("autoattack", pyautoattack)  # the name under which it asks for it
+        try:
+            from robustbench.utils import load_model
+        except ImportError as error:
+            raise ValueError(
+                f'expected RobustBench to fetch {name}, got {error}; pip install "ferdlib[robustbench]"'
+            ) from error
+        load_model(name, dataset=args.data, threat_model="Linf")
+    return path
+
+
+def load_teacher(args: Args, images: Images) -> nn.Module:
+    classes, channels = len(images.class_names), images.pixels.shape[1]
+    if args.teacher is None:
+        raise ValueError("expected --teacher, a checkpoint of a robust model, got none")
+    if args.teacher_architecture is None and args.teacher.stem in PUBLISHED:
+        teacher = load_robustbench(args.teacher, num_classes=classes)
+    else:
+        own = args.teacher_architecture is None
+        teacher = load_checkpoint(
+            args.teacher,
+            architecture=args.teacher_architecture,
+            num_classes=None if own else classes,
+            in_channels=None if own else channels,
+        )
+    if (args.teacher_mean is None) != (args.teacher_std is None):
+        raise ValueError("expected --teacher-mean and --teacher-std together, got one of them")
+    if args.teacher_mean is not None and args.teacher_std is not None:
+        teacher = Normalized(teacher, args.teacher_mean, args.teacher_std)
+    return teacher
+
+
+def prepare(args: Args) -> tuple[FERDTrainer, Images]:
+    """Everything that can be wrong with the input is found here, before anything is written."""
+    images = load(args.data, args.root, "test", download=args.download)
+    found = {"num_classes": len(images.class_names), "image_shape": tuple(images.pixels.shape[1:])}
+    for name, value in found.items():
+        if value != getattr(args.ferd, name):
+            raise ValueError(
+                f"expected --{name.replace('_', '-')} to be the data's, {value}, got "
+                f"{getattr(args.ferd, name)}"
+            )
+    if args.test_images is not None:
+        images = images.part(stratified(images, args.test_images, args.seed))
+    teacher = load_teacher(args, images)
+    torch.manual_seed(args.seed)
+    student = create(args.student, args.ferd.num_classes, in_channels=args.ferd.image_shape[0])
+    if args.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+        student.to(memory_format=torch.channels_last)
+    config = args.ferd
+    if not config.layer:
+        config = replace(config, layer=teacher.feature_layers[-1])
+    trainer = FERDTrainer(teacher, student, config=config, seed=args.seed, device=args.device)
+    if args.resume is not None:
+        resume(trainer, args)
+    return trainer, images
+
+
+def save(trainer: FERDTrainer, args: Args) -> None:
+    """The checkpoint and the student, each written whole or not at all."""
+    student = {
+        "architecture": args.student,
+        "num_classes": args.ferd.num_classes,
+        "in_channels": args.ferd.image_shape[0],
+        "state_dict": trainer.student.state_dict(),
+    }
+    checkpoint = {"teacher": digest(args.teacher), "trainer": trainer.state_dict()}
+    for name, content in (("student.pt", student), ("checkpoint.pt", checkpoint)):
+        partial_file = args.out / f"{name}.partial"
+        torch.save(content, partial_file)
+        os.replace(partial_file, args.out / name)
+
+
+def resume(trainer: FERDTrainer, args: Args) -> None:
+    if not args.resume.is_file():
+        raise FileNotFoundError(f"expected --resume to be a file, got {str(args.resume)!r}")
+    try:
+        state = torch.load(args.resume, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"expected a complete checkpoint, got {str(args.resume)!r}") from error
+    if not isinstance(state, dict) or state.keys() != {"teacher", "trainer"}:
+        raise ValueError(f"expected a checkpoint of this script, got {str(args.resume)!r}")
+    if state["teacher"] != digest(args.teacher):
+        raise ValueError(
+            f"expected the teacher that {str(args.resume)!r} was made with, got another file"
+        )
+    trainer.load_state_dict(state["trainer"])
+
+
+def digest(path: Path | None) -> str:
+    with open(path or os.devnull, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def train(trainer: FERDTrainer, args: Args) -> bool:
+    """Whether the last epoch was reached."""
+    start, epochs = time.perf_counter(), trainer.config.epochs
+    log = scalars(args.out / "tensorboard") if args.tensorboard else None
+    with tqdm(total=epochs, initial=trainer.epoch, unit="epoch", desc="FERD") as bar:
+        for stats in trainer.epochs():
+            bar.update()
+            bar.set_postfix_str(
+                ("warm-up" if stats.warmup else f"loss {stats.student_loss:.3f}")
+                + f", labels agree {stats.label_agreement:.0%}"
+                + f", largest p {max(stats.class_probabilities):.2f}"
+                + f", {stats.seconds:.0f} s"
+            )
+            if log is not None:
+                log(stats)
+            late = (
+                args.max_minutes is not None and time.perf_counter() - start > 60 * args.max_minutes
+            )
+            if late or stats.epoch % args.checkpoint_every == 0 or stats.epoch == epochs:
+                save(trainer, args)
+            if late:
+                break
+    return trainer.epoch == epochs
+
+
+def scalars(folder: Path) -> Callable[[EpochStats], None]:
+    """Writes an epoch's numbers for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+
+    def log(stats: EpochStats) -> None:
+        values = {
+            "student/loss": stats.student_loss,
+            "student/learning_rate": stats.learning_rate,
+            "images/label_agreement": stats.label_agreement,
+            "images/diversity": stats.diversity,
+            "seconds": stats.seconds,
+        }
+        values |= {f"synthesis/{name}": value for name, value in stats.synthesis.items()}
+        values |= {f"p/{c}": value for c, value in enumerate(stats.class_probabilities)}
+        for name, value in values.items():
+            writer.add_scalar(name, value, stats.epoch)
+        writer.flush()
+
+    return log
+
+
+def report(trainer: FERDTrainer, images: Images, args: Args) -> None:
+    """Table, figures as JSON, and a grid of synthetic images, a row for each of the first ten classes."""
+    from torchvision.utils import save_image
+
+    config = trainer.config
+    columns = attacks(
+        config.eps,
+        config.step_size,
+        args.seed,
+        num_classes=config.num_classes,
+        with_autoattack=args.autoattack,
+    )
+    x, y = images.batch(slice(None))
+    models = {"teacher": trainer.teacher.eval(), "student": trainer.student.eval()}
+    results = {
+        name: class_accuracies(
+            model, x, y, columns, num_classes=config.num_classes, device=args.device
+        )
+        for name, model in models.items()
+    }
+    print_table(results, images.class_names)
+    rows = {name: {k: v.tolist() for k, v in row.items()} for name, row in results.items()}
+    (args.out / "classwise.json").write_text(
+        json.dumps({"preset": args.preset, "seed": args.seed, "models": rows}, indent=1)
+    )
+    pool, labels = trainer.pool.sample(
+        min(len(trainer.pool), 2000), rng=torch.Generator().manual_seed(args.seed)
+    )
+    shown = [pool[labels == c][:10] for c in range(min(10, config.num_classes))]
+    blank = torch.ones_like(pool[:1])
+    grid = [torch.cat([row, blank.expand(10 - len(row), -1, -1, -1)]) for row in shown]
+    save_image(torch.cat(grid).cpu(), args.out / "synthetic.png", nrow=10)
+    written = "student.pt, checkpoint.pt, classwise.json, synthetic.png"
+    print(f"{args.preset}, seed {args.seed}; written to {args.out}/: {written}")
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if args.smoke:
+                args = replace(args, root=Path(folder))
+                generated_images(args.root, args.ferd)
+                args = replace(args, teacher=args.teacher or tiny_teacher(args))
+            if args.teacher is not None and str(args.teacher) in PUBLISHED:
+                args = replace(args, teacher=robustbench_file(str(args.teacher), args))
+            trainer, images = prepare(args)
+        except (ValueError, TypeError, OSError) as error:
+            sys.exit(f"cifar10_ferd: {error}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        if train(trainer, args):
+            report(trainer, images, args)
+        else:
+            print(
+                f"stopped after epoch {trainer.epoch} of {trainer.config.epochs}; "
+                f"--resume {args.out / 'checkpoint.pt'} goes on"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,305 @@
+"""A teacher for robust distillation: adversarial training, TRADES, or plain training for a natural one.
+
+    python examples/train_teacher.py --data cifar10 --root data --download --method trades
+    python examples/train_teacher.py --data folder --root my-images --method sat --architecture preact_resnet18
+
+Nothing is chosen on the test images: `--val-images` are held out of the training set for the progress
+that is printed, and the last epoch is what is saved and tested. The checkpoint, `checkpoint.pt`, holds all
+that `--resume` needs; `teacher.pt` is what `cifar10_ferd.py --teacher` takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from class_table import attacks, class_accuracies, print_table
+from ferdlib import losses, metrics
+from ferdlib.attacks import pgd
+from ferdlib.augment import crop_flip
+from ferdlib.models import create
+from image_data import AUGMENTATIONS, Images, Source, load, stratified
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a robust (or natural) teacher and attack it, class by class."""
+
+    data: Source = "cifar10"
+    """Images: a torchvision data set, "folder" for root/train and root/test, or scikit-learn's digits."""
+    root: Path = Path("data")
+    """Folder of the data."""
+    download: bool = False
+    """Fetch the data if they are not there."""
+    architecture: str = "resnet18"
+    """A name that ferdlib.models.create knows, such as wide_resnet_34_10 (the papers' teacher)."""
+    method: Literal["sat", "trades", "natural"] = "trades"
+    """sat: cross-entropy on PGD examples (Madry); trades: plus a KL term (Zhang); natural: no attack."""
+    beta: float = 6.0
+    """Weight of TRADES' KL term, no unit. TRADES: beta = 1/lambda."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 0.1
+    """Initial rate of SGD (momentum 0.9, Nesterov), no unit; a cosine takes it to 0. Papers: eta."""
+    weight_decay: float = 5e-4
+    """L2 coefficient, no unit."""
+    eps: float = 8 / 255
+    """Radius of the L-infinity ball, in units of [0, 1] pixels. Papers: epsilon."""
+    step_size: float = 2 / 255
+    """Step of the attack, same units. Papers: alpha."""
+    attack_steps: int = 10
+    """Steps of the training attack. Papers: K."""
+    augment: Literal["auto", "crop_flip", "crop", "none"] = "auto"
+    """auto: crop and flip; crop alone where mirrored images differ (svhn); nothing for digits."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the model under autocast; losses stay in float32."""
+    channels_last: bool = False
+    """Memory format of model and images; faster on recent GPUs."""
+    val_images: int = 1000
+    """Training images held out to watch, with equal shares of the classes."""
+    test_images: int | None = None
+    """Test images for the final table, with equal shares of the classes; None takes all."""
+    autoattack: bool = False
+    """Add AutoAttack to the final table: nearly a second per robust image and core on a CPU."""
+    seed: int = 0
+    """Of the split, the weights and all noise."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+    out: Path = Path("runs/teacher")
+    """Folder for checkpoint.pt and teacher.pt."""
+    resume: bool = False
+    """Continue from the checkpoint in --out."""
+    max_minutes: float | None = None
+    """Stop after the epoch during which this many minutes have passed; --resume goes on."""
+
+
+class Training:
+    """The loop, and what it must remember: model, optimizer, epoch, random state."""
+
+    def __init__(self, args: Args, images: Images) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.images = args, images
+        self.model = create(
+            args.architecture, len(images.class_names), in_channels=images.pixels.shape[1]
+        ).to(args.device)
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.rng = torch.Generator().manual_seed(args.seed)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=args.lr,
+            momentum=0.9,
+            weight_decay=args.weight_decay,
+            nesterov=True,
+        )
+        self.steps_per_epoch = len(images) // args.batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"expected at least --batch-size {args.batch_size} training images, got {len(images)}"
+            )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, args.epochs * self.steps_per_epoch
+        )
+        self.epoch = 0
+
+    def epochs(self) -> Iterator[float]:
+        """Train to the last epoch, and yield each one's mean loss."""
+        while self.epoch < self.args.epochs:
+            yield self._epoch()
+
+    def _epoch(self) -> float:
+        total = torch.zeros((), device=self.args.device)
+        order = torch.randperm(len(self.images), generator=self.rng)
+        for k in range(self.steps_per_epoch):
+            index = order[k * self.args.batch_size : (k + 1) * self.args.batch_size]
+            loss = self._loss(*self.images.batch(index, self.args.device)).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.detach()
+        self.epoch += 1
+        mean = float(total) / self.steps_per_epoch
+        if not mean < float("inf"):
+            raise RuntimeError(f"the loss became {mean} in epoch {self.epoch}; lower --lr")
+        return mean
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """One value per image."""
+        args, model = self.args, self.model
+        augment = AUGMENTATIONS[args.data] if args.augment == "auto" else args.augment
+        if augment != "none":
+            x = crop_flip(x, flip=augment == "crop_flip", rng=self.rng)
+        if args.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        attack = partial(
+            pgd, eps=args.eps, step_size=args.step_size, steps=args.attack_steps, rng=self.rng
+        )
+        with precision(args):
+            model.train()
+            if args.method == "natural":
+                return losses.cross_entropy(model(x), y)
+            if args.method == "sat":
+                return losses.cross_entropy(model(attack(model, x, y)), y)
+            # TRADES' reference logits are those of the mode that the attack runs in.
+            model.eval()
+            with torch.no_grad():
+                reference = model(x)
+            x_adv = attack(model, x, reference, loss=losses.distillation, random_start="normal")
+            model.train()
+            clean = model(x)
+            robust = losses.distillation(model(x_adv), clean)
+            return losses.cross_entropy(clean, y) + args.beta * robust
+
+    def save(self, path: Path) -> None:
+        """All that goes on from here, written whole or not at all."""
+        state = {
+            "args": settings(self.args),
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": self.rng.get_state(),
+        }
+        partial_file = path.with_suffix(".partial")
+        torch.save(state, partial_file)
+        os.replace(partial_file, path)
+
+    def save_model(self, path: Path) -> None:
+        """The weights alone, as `ferdlib.models.load_checkpoint` reads them."""
+        content = {
+            "architecture": self.args.architecture,
+            "num_classes": len(self.images.class_names),
+            "in_channels": self.images.pixels.shape[1],
+            "state_dict": self.model.state_dict(),
+        }
+        torch.save(content, path)
+
+    def load(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"expected a checkpoint {str(path)!r} to resume, got no such file"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = settings(self.args)
+        differing = [name for name in ours if state["args"].get(name) != ours[name]]
+        if differing:
+            raise ValueError(
+                f"expected the options that {str(path)!r} was made with, got others for "
+                f"{', '.join('--' + name.replace('_', '-') for name in differing)}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.rng.set_state(state["rng"])
+        self.epoch = state["epoch"]
+
+
+def settings(args: Args) -> dict[str, Any]:
+    """The options that the weights depend on."""
+    free = {
+        "root",
+        "download",
+        "test_images",
+        "autoattack",
+        "device",
+        "out",
+        "resume",
+        "max_minutes",
+    }
+    return {name: value for name, value in asdict(args).items() if name not in free}
+
+
+def precision(args: Args) -> AbstractContextManager[Any]:
+    if args.precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16)
+
+
+def prepare(args: Args) -> tuple[Training, Images, Images]:
+    """Everything that can be wrong with the input is found here, before anything is written."""
+    images = load(args.data, args.root, "train", download=args.download)
+    test = load(args.data, args.root, "test", download=args.download)
+    if test.class_names != images.class_names:
+        raise ValueError(
+            f"expected the same classes for training and test, got {len(images.class_names)} and "
+            f"{len(test.class_names)}, or others"
+        )
+    if not 0 < args.val_images < len(images):
+        raise ValueError(
+            f"expected --val-images in 1..{len(images) - 1}, got {args.val_images} of {len(images)} images"
+        )
+    if args.test_images is not None:
+        test = test.part(stratified(test, args.test_images, args.seed))
+    held_out = stratified(images, args.val_images, args.seed)
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[held_out] = False
+    training = Training(args, images.part(kept.nonzero().flatten()))
+    if args.resume:
+        training.load(args.out / "checkpoint.pt")
+    return training, images.part(held_out), test
+
+
+def accuracies(training: Training, held_out: Images) -> str:
+    """Clean and PGD-10 accuracy on the images held out, in words."""
+    args, model = training.args, training.model.eval()
+    x, y = held_out.batch(slice(None))
+    columns = attacks(args.eps, args.step_size, args.seed, steps=10)
+    shown = {name: columns[name] for name in ("clean", "PGD-10")}
+    found = class_accuracies(
+        model, x, y, shown, num_classes=len(held_out.class_names), device=args.device
+    )
+    return ", ".join(
+        f"{name} {100 * metrics.average(accuracy):.1f}" for name, accuracy in found.items()
+    )
+
+
+def main(args: Args) -> None:
+    try:
+        training, held_out, test = prepare(args)
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"train_teacher: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with tqdm(total=args.epochs, initial=training.epoch, unit="epoch", desc=args.method) as bar:
+        for loss in training.epochs():
+            training.save(args.out / "checkpoint.pt")
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, held out: {accuracies(training, held_out)}")
+            minutes = (time.perf_counter() - start) / 60
+            if args.max_minutes is not None and minutes > args.max_minutes:
+                break
+    if training.epoch < args.epochs:
+        print(f"stopped after epoch {training.epoch} of {args.epochs}; --resume goes on")
+        return
+    training.save_model(args.out / "teacher.pt")
+    classes = len(test.class_names)
+    columns = attacks(
+        args.eps, args.step_size, args.seed, num_classes=classes, with_autoattack=args.autoattack
+    )
+    x, y = test.batch(slice(None))
+    model = training.model.eval()
+    row = class_accuracies(model, x, y, columns, num_classes=classes, device=args.device)
+    print_table({args.architecture: row}, test.class_names)
+    rows = {name: accuracy.tolist() for name, accuracy in row.items()}
+    (args.out / "classwise.json").write_text(json.dumps(rows, indent=1))
+    print(f"written to {args.out}/: teacher.pt, checkpoint.pt, classwise.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
