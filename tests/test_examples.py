@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from ferdlib.models import small_cnn
+from ferdlib.models import load_checkpoint, small_cnn
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,8 +48,7 @@ def test_quickstart_writes_pictures_and_a_student_that_loads(quickstart):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     rows = json.loads((out / "classwise.json").read_text())["models"]
     assert {len(accuracy) for row in rows.values() for accuracy in row.values()} == {10}
-    student = small_cnn(1, 10, width=16)
-    student.load_state_dict(torch.load(out / "student.pt", weights_only=True))
+    student = load_checkpoint(out / "student.pt")
     teacher_size = sum(p.numel() for p in small_cnn(1, 10, width=40).parameters())
     assert 4 * sum(p.numel() for p in student.parameters()) <= teacher_size
 
