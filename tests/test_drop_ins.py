@@ -199,13 +199,30 @@ def test_foreign_teachers_are_cut_normalised_and_left_alone(capsys):
         assert 0 <= stats.synthesis["nonrobust_fraction"] <= 1
         state = trainer.teacher.state_dict()
         assert all(torch.equal(v, state[k]) for k, v in kept[type(trainer.teacher.model)].items())
-        assert int(trainer.student.state_dict()["bn1.num_batches_tracked"]) > 0
+        steps = [v for k, v in trainer.student.state_dict().items() if "num_batches" in k]
+        assert set(map(int, steps)) == {4}  # two steps, images and examples
     assert capsys.readouterr().out.count("images of 32x32") == 2
 
 
 DISTRIBUTED = re.compile(
     r"loss (\S+) -> (\S+), weights moved by (\S+), processes differ by (\S+)\n"
 )
+# Runs the program behind it, whose attacks then refuse what the drop-ins say must not be attacked.
+GUARD = """
+import runpy, sys
+from torch.nn.parallel import DistributedDataParallel
+from ferdlib import attacks
+
+def guarded(attack):
+    def checked(model, *arguments, **settings):
+        assert not isinstance(model, DistributedDataParallel), "the wrapper is attacked"
+        return attack(model, *arguments, **settings)
+    return checked
+
+attacks.pgd, attacks.utae_pgd = guarded(attacks.pgd), guarded(attacks.utae_pgd)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def output_of(*command):
@@ -225,11 +242,12 @@ def output_of(*command):
 
 
 @pytest.mark.parametrize("name", ["lightning_module", "accelerate_loop"])
-def test_two_processes_train_one_model(name):
-    script = str(DROP_INS / f"{name}.py")
+def test_two_processes_train_one_model(name, tmp_path):
+    script, guard = str(DROP_INS / f"{name}.py"), tmp_path / "guard.py"
+    guard.write_text(GUARD)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch = torchrun if name == "accelerate_loop" else []
-    printed = output_of(*launch, script, "--epochs", "2")
+    printed = output_of(*launch, str(guard), script, "--epochs", "2")
     assert "2 processes" in printed
     first, last, moved, apart = map(float, DISTRIBUTED.search(printed).groups())
     assert 0 < last < 0.8 * first
