@@ -32,6 +32,7 @@ from class_table import attacks, class_accuracies, print_table
 from ferdlib.models import Normalized, create, load_checkpoint, load_robustbench
 from ferdlib.models.checkpoint import PUBLISHED
 from ferdlib.trainer import EpochStats, FERDConfig, FERDTrainer
+from files import read, write, write_model
 from image_data import SHAPES, Images, Source, load, stratified
 
 PRESETS = {"default": FERDConfig, "paper": FERDConfig.paper, "released": FERDConfig.released}
@@ -201,6 +202,8 @@ def prepare(args: Args) -> tuple[FERDTrainer, Images]:
                 f"expected --{name.replace('_', '-')} to be the data's, {value}, got "
                 f"{getattr(args.ferd, name)}"
             )
+    if args.checkpoint_every < 1:
+        raise ValueError(f"expected --checkpoint-every of at least 1, got {args.checkpoint_every}")
     if args.test_images is not None:
         images = images.part(stratified(images, args.test_images, args.seed))
     teacher = load_teacher(args, images)
@@ -219,29 +222,19 @@ def prepare(args: Args) -> tuple[FERDTrainer, Images]:
 
 
 def save(trainer: FERDTrainer, args: Args) -> None:
-    """The checkpoint and the student, each written whole or not at all."""
-    student = {
-        "architecture": args.student,
-        "num_classes": args.ferd.num_classes,
-        "in_channels": args.ferd.image_shape[0],
-        "state_dict": trainer.student.state_dict(),
-    }
+    write_model(
+        trainer.student,
+        args.out / "student.pt",
+        architecture=args.student,
+        num_classes=args.ferd.num_classes,
+        in_channels=args.ferd.image_shape[0],
+    )
     checkpoint = {"teacher": digest(args.teacher), "trainer": trainer.state_dict()}
-    for name, content in (("student.pt", student), ("checkpoint.pt", checkpoint)):
-        partial_file = args.out / f"{name}.partial"
-        torch.save(content, partial_file)
-        os.replace(partial_file, args.out / name)
+    write(checkpoint, args.out / "checkpoint.pt")
 
 
 def resume(trainer: FERDTrainer, args: Args) -> None:
-    if not args.resume.is_file():
-        raise FileNotFoundError(f"expected --resume to be a file, got {str(args.resume)!r}")
-    try:
-        state = torch.load(args.resume, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"expected a complete checkpoint, got {str(args.resume)!r}") from error
-    if not isinstance(state, dict) or state.keys() != {"teacher", "trainer"}:
-        raise ValueError(f"expected a checkpoint of this script, got {str(args.resume)!r}")
+    state = read(args.resume, {"teacher", "trainer"})
     if state["teacher"] != digest(args.teacher):
         raise ValueError(
             f"expected the teacher that {str(args.resume)!r} was made with, got another file"
@@ -339,9 +332,9 @@ def report(trainer: FERDTrainer, images: Images, args: Args) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            args = parse(argv)
             if args.smoke:
                 args = replace(args, root=Path(folder))
                 generated_images(args.root, args.ferd)
@@ -349,7 +342,7 @@ def main(argv: list[str]) -> None:
             if args.teacher is not None and str(args.teacher) in PUBLISHED:
                 args = replace(args, teacher=robustbench_file(str(args.teacher), args))
             trainer, images = prepare(args)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
             sys.exit(f"cifar10_ferd: {error}")
         args.out.mkdir(parents=True, exist_ok=True)
         if train(trainer, args):

@@ -84,7 +84,13 @@ def load(source: Source, root: Path, split: Split, *, download: bool = False) ->
 
 
 def stratified(images: Images, count: int, seed: int) -> Tensor:
-    """Indices of `count` images with equal shares of the classes, up to one, drawn by seed."""
+    """Indices of `count` images with equal shares of the classes, up to one, drawn by seed.
+
+    Raises:
+        ValueError: a count that is not in 1..N.
+    """
+    if not 1 <= count <= len(images):
+        raise ValueError(f"expected to choose 1..{len(images)} images, got {count}")
     rng = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=rng)
     labels = images.labels[order]

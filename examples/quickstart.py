@@ -2,7 +2,7 @@
 
 A robust teacher is trained on scikit-learn's 1,797 digits (8x8 pixels), the data are put away, and a
 student a sixth of its size is distilled from the teacher alone. Both are then attacked on the 540 test
-digits. The models are chosen by nothing: the last epoch counts, and the test digits are used once.
+digits. The models are chosen by nothing: the last epoch counts, and the test digits only measure it.
 
     python examples/quickstart.py                # the table and two pictures, under runs/
     python examples/quickstart.py --ablate       # the rows with and without each of FERD's parts
@@ -34,6 +34,7 @@ from class_table import attacks, class_accuracies, print_table
 from ferdlib.attacks import pgd
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
+from files import write_model
 
 # Threat model: L-infinity, a tenth of the grey scale; steps of a quarter of that.
 EPS, STEP_SIZE = 0.1, 0.025
@@ -217,9 +218,13 @@ def main(args: Args) -> None:
     pair = {name: results[name] for name in ("teacher", "FERD")}
     draw_classes(pair, "PGD-20", args.out / "classwise.png")
     draw_images(trainer, args.out / "synthetic.png")
-    student = {"architecture": f"small_cnn_{STUDENT_WIDTH}", "num_classes": 10, "in_channels": 1}
-    student["state_dict"] = trainer.student.state_dict()
-    torch.save(student, args.out / "student.pt")
+    write_model(
+        trainer.student,
+        args.out / "student.pt",
+        architecture=f"small_cnn_{STUDENT_WIDTH}",
+        num_classes=10,
+        in_channels=1,
+    )
     rows = {name: {k: v.tolist() for k, v in row.items()} for name, row in results.items()}
     (args.out / "classwise.json").write_text(
         json.dumps({"seed": args.seed, "models": rows}, indent=1)

@@ -11,13 +11,11 @@ that `--resume` needs; `teacher.pt` is what `cifar10_ferd.py --teacher` takes.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +26,10 @@ from tqdm import tqdm
 
 from class_table import attacks, class_accuracies, print_table
 from ferdlib import losses, metrics
-from ferdlib.attacks import pgd
+from ferdlib.attacks import pgd, utae_pgd
 from ferdlib.augment import crop_flip
 from ferdlib.models import create
+from files import read, write, write_model
 from image_data import AUGMENTATIONS, Images, Source, load, stratified
 
 
@@ -147,27 +146,20 @@ class Training:
             x = crop_flip(x, flip=augment == "crop_flip", rng=self.rng)
         if args.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        attack = partial(
-            pgd, eps=args.eps, step_size=args.step_size, steps=args.attack_steps, rng=self.rng
-        )
+        ball = {"eps": args.eps, "step_size": args.step_size, "steps": args.attack_steps}
         with precision(args):
             model.train()
             if args.method == "natural":
                 return losses.cross_entropy(model(x), y)
             if args.method == "sat":
-                return losses.cross_entropy(model(attack(model, x, y)), y)
-            # TRADES' reference logits are those of the mode that the attack runs in.
-            model.eval()
-            with torch.no_grad():
-                reference = model(x)
-            x_adv = attack(model, x, reference, loss=losses.distillation, random_start="normal")
-            model.train()
+                return losses.cross_entropy(model(pgd(model, x, y, **ball, rng=self.rng)), y)
+            x_adv = utae_pgd(model, x, gamma=0, **ball, rng=self.rng)  # TRADES' own attack
             clean = model(x)
             robust = losses.distillation(model(x_adv), clean)
             return losses.cross_entropy(clean, y) + args.beta * robust
 
     def save(self, path: Path) -> None:
-        """All that goes on from here, written whole or not at all."""
+        """All that goes on from here."""
         state = {
             "args": settings(self.args),
             "epoch": self.epoch,
@@ -176,26 +168,19 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "rng": self.rng.get_state(),
         }
-        partial_file = path.with_suffix(".partial")
-        torch.save(state, partial_file)
-        os.replace(partial_file, path)
+        write(state, path)
 
     def save_model(self, path: Path) -> None:
-        """The weights alone, as `ferdlib.models.load_checkpoint` reads them."""
-        content = {
-            "architecture": self.args.architecture,
-            "num_classes": len(self.images.class_names),
-            "in_channels": self.images.pixels.shape[1],
-            "state_dict": self.model.state_dict(),
-        }
-        torch.save(content, path)
+        write_model(
+            self.model,
+            path,
+            architecture=self.args.architecture,
+            num_classes=len(self.images.class_names),
+            in_channels=self.images.pixels.shape[1],
+        )
 
     def load(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"expected a checkpoint {str(path)!r} to resume, got no such file"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path, {"args", "epoch", "model", "optimizer", "schedule", "rng"})
         ours = settings(self.args)
         differing = [name for name in ours if state["args"].get(name) != ours[name]]
         if differing:
@@ -272,7 +257,7 @@ def accuracies(training: Training, held_out: Images) -> str:
 def main(args: Args) -> None:
     try:
         training, held_out, test = prepare(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"train_teacher: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

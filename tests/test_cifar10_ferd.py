@@ -100,9 +100,13 @@ def test_train_teacher_learns_and_tests(teacher):
     assert clean > 34  # three classes, one colour each
 
 
-@pytest.mark.parametrize("method", ["sat", "trades", "natural"])
-def test_a_resumed_teacher_is_the_undisturbed_one(method, images, tmp_path):
-    common = [*TEACHER, "--root", images, "--method", method, "--epochs", "2"]
+@pytest.mark.parametrize(
+    "options",
+    [["sat"], ["trades"], ["natural", "--precision", "bfloat16", "--channels-last"]],
+    ids=lambda o: o[0],
+)
+def test_a_resumed_teacher_is_the_undisturbed_one(options, images, tmp_path):
+    common = [*TEACHER, "--root", images, "--epochs", "2", "--method", *options]
     stopped = run("train_teacher", *common, "--out", tmp_path, "--max-minutes", "0")
     assert "stopped after epoch 1 of 2" in stopped.stdout, stopped.stderr
     assert not (tmp_path / "teacher.pt").exists()
@@ -118,6 +122,11 @@ def test_a_resumed_teacher_is_the_undisturbed_one(method, images, tmp_path):
     other = run("train_teacher", *common, "--out", tmp_path, "--resume", "--lr", "0.01")
     assert other.returncode == 1
     assert "got others for --lr" in other.stderr
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:3000])
+    assert "a complete checkpoint" in error(
+        run("train_teacher", *common, "--out", tmp_path, "--resume")
+    )
 
 
 def ferd(images, teacher, *more):
@@ -190,6 +199,17 @@ def test_wrong_input_gets_one_sentence_and_nothing_is_written(images, teacher, t
     truncated.write_bytes(small.read_bytes()[:5000])
     two = tmp_path / "two.pt"
     torch.save(create("small_cnn_4", 2).state_dict(), two)
+    grey = tmp_path / "grey.pt"
+    weights = create("small_cnn_4", 3, in_channels=1).state_dict()
+    torch.save(
+        {
+            "architecture": "small_cnn_4",
+            "num_classes": 3,
+            "in_channels": 1,
+            "state_dict": weights,
+        },
+        grey,
+    )
     known = ["--teacher-architecture", "small_cnn_4"]
     cases = {
         "another architecture": (["--teacher", small, *known], "missing: "),
@@ -202,6 +222,10 @@ def test_wrong_input_gets_one_sentence_and_nothing_is_written(images, teacher, t
         "no such layer": (["--layer", "layer9"], "`layer_name`"),
         "no data": (["--root", tmp_path / "nowhere"], "got nothing there"),
         "not a checkpoint": (["--resume", small], "a checkpoint of this script"),
+        "half a checkpoint": (["--resume", truncated], "a complete checkpoint"),
+        "grey teacher": (["--teacher", grey], "channels"),
+        "no test images": (["--test-images", "0"], "1..12 images, got 0"),
+        "no checkpoints": (["--checkpoint-every", "0"], "at least 1, got 0"),
         "half a normalisation": (["--teacher-mean", "0.5", "0.5", "0.5"], "--teacher-std together"),
     }
     for name, (arguments, part) in cases.items():

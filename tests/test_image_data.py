@@ -147,5 +147,8 @@ def test_stratified_has_equal_shares_and_follows_the_seed(image_data):
     assert len(set(index.tolist())) == 12
     assert torch.equal(index, image_data.stratified(images, 12, seed=0))
     assert not torch.equal(index, image_data.stratified(images, 12, seed=1))
+    for count in (0, -1, 76):
+        with pytest.raises(ValueError, match=f"1..75 images, got {count}"):
+            image_data.stratified(images, count, seed=0)
     # Where a class runs out the others fill up.
     assert torch.bincount(labels[image_data.stratified(images, 25, seed=0)]).tolist() == [10, 10, 5]
