@@ -1,0 +1,150 @@
+"""Curves: metrics over a parameter, and classes over the steps of an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ferdlib import _checks
+from ferdlib.plots import _common
+from ferdlib.plots._common import COLOURS, LEGEND, MARKERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_sweep(
+    values: Sequence[float],
+    figures: Mapping[str, Tensor],
+    *,
+    xlabel: str,
+    ylabel: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """Metrics, as they come, against a parameter that was varied (FERD Fig. 5 and 8).
+
+    Repetitions are small dots, with a line through their means and a band of one standard deviation
+    (`ddof=1`) to either side.
+
+    Args:
+        values: S finite numbers; the line goes through them in ascending order.
+        figures: by name, a metric `(S,)`, or `(S, R)` of R runs each; `nan` leaves a gap.
+        xlabel: what was varied.
+        ylabel: what was measured, with its unit.
+        ax: where to draw.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TypeError: values that are not numbers, no mapping, or tensors that are not float.
+        ValueError: no tensor, a shape that does not begin with S, infinite values or figures.
+
+    Example:
+        >>> import torch
+        >>> runs = torch.tensor([[0.25, 0.5], [0.5, 0.5]])
+        >>> ax = plot_sweep([0.1, 0.5], {"worst": runs}, xlabel="gamma", ylabel="accuracy")
+        >>> ax.lines[0].get_ydata().tolist(), len(ax.lines[1].get_ydata())
+        ([0.375, 0.5], 4)
+    """
+    name = "plot_sweep"
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"{name}: expected `values` as a list of numbers, got {_checks.got(values)}"
+        )
+    x, order = torch.tensor([_checks.number(name, "values", v) for v in values]).double().sort()
+    rows = {}
+    for label, value in _common.named(name, "figures", figures).items():
+        y = _checks.floating(name, f"figures[{label!r}]", value).detach().cpu().double()
+        if y.ndim not in (1, 2) or len(y) != len(x) or not y.numel():
+            raise ValueError(
+                f"{name}: expected `figures[{label!r}]` of shape ({len(x)},) or ({len(x)}, R), "
+                f"a row for each of `values`, got {tuple(y.shape)}"
+            )
+        if bool(y.isinf().any()):
+            raise ValueError(f"{name}: expected finite `figures[{label!r}]` (or nan), got inf")
+        rows[label] = y.reshape(len(x), -1)[order]
+    ax = _common.axes(name, ax, 5.6, 3.4)
+    for i, (label, y) in enumerate(rows.items()):
+        mean, runs, colour = y.mean(dim=1), y.shape[1], COLOURS[i % len(COLOURS)]
+        style: Any = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        ax.plot(x.tolist(), mean.tolist(), label=label, **style)
+        if runs > 1:
+            every = x.repeat_interleave(runs).tolist(), y.flatten().tolist()
+            ax.plot(*every, linestyle="none", marker=".", markersize=4, color=colour)
+            lower, upper = (mean - y.std(dim=1)).tolist(), (mean + y.std(dim=1)).tolist()
+            ax.fill_between(x.tolist(), lower, upper, color=colour, alpha=0.2, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(**LEGEND)
+    return ax
+
+
+def plot_survival(
+    fooled_at: Tensor,
+    targets: Tensor,
+    *,
+    num_classes: int,
+    steps: int,
+    class_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of each class that is still correct at every iterate of an attack so far.
+
+    Their mean is black, the class that ends worst thicker; beyond K = 12 only that one is in colour.
+    Counts of `ferdlib.attacks.least_pgd_steps` (Fair-ARD Eq. 5) can be drawn as they are: its
+    `steps=T` judges the iterates 0..T-1 and says T for never, which is `steps=T - 1` here.
+
+    Args:
+        fooled_at: int64 `(N,)`, the first misclassified iterate in `0..steps`, `steps + 1` for none.
+        targets: int64 labels `(N,)` in `0..num_classes-1`.
+        num_classes: K >= 2; a class without samples has no curve.
+        steps: the last iterate, at least 1.
+        class_names: K strings.
+        ax: where to draw.
+
+    Returns:
+        The Axes. Its first line is the mean, then come the classes that have samples.
+
+    Raises:
+        TypeError: tensors that are not int64, or class names that are not strings.
+        ValueError: lengths that differ, labels or iterates out of range.
+
+    Example:
+        >>> import torch
+        >>> fooled_at, targets = torch.tensor([0, 3, 2, 2]), torch.tensor([0, 0, 1, 1])
+        >>> ax = plot_survival(fooled_at, targets, num_classes=2, steps=2)
+        >>> [line.get_ydata().tolist() for line in ax.lines]
+        [[75.0, 75.0, 25.0], [50.0, 50.0, 50.0], [100.0, 100.0, 0.0]]
+    """
+    name = "plot_survival"
+    k = _checks.integer(name, "num_classes", num_classes, low=2)
+    t = range(_checks.integer(name, "steps", steps, low=1) + 1)
+    y = _checks.labels(name, _checks.tensor(name, "targets", targets).cpu(), num_classes=k)
+    first = _checks.tensor(name, "fooled_at", fooled_at).cpu()
+    _checks.labels(name, first, length=len(y), num_classes=len(t) + 1, argument="fooled_at")
+    names = _common.class_names(name, class_names, k) or [f"class {c}" for c in range(k)]
+    ax = _common.axes(name, ax, 6.0, 3.8)
+    from matplotlib.ticker import MaxNLocator
+
+    alive = 100 * (first[:, None] > torch.tensor(t)).double()
+    share = torch.stack([alive[y == c].mean(dim=0) for c in range(k)])
+    mean, end = share.nanmean(dim=0).tolist(), share[:, -1].nan_to_num(nan=math.inf)
+    worst = int(end.argmin())
+    ax.step(t, mean, where="mid", color="black", linewidth=3, label="mean over classes")
+    for c in end.isfinite().nonzero().flatten().tolist():
+        style: Any = {"color": COLOURS[c % len(COLOURS)], "linestyle": "-" if c < 7 else "--"}
+        style |= {"label": names[c], "linewidth": 1.2}
+        if k > 12:
+            style = {"color": COLOURS[1] if c == worst else "0.75", "linewidth": 0.6, "zorder": 1}
+        if c == worst:
+            style |= {"label": f"{names[c]}, ends at {end[c]:.1f}", "linewidth": 2.5, "zorder": 3}
+        ax.step(t, share[c].tolist(), where="mid", **style)
+    ax.set(xlabel="iterate of the attack", ylabel="still correct (%)", ylim=(0, 102))
+    ax.set_xlim(-0.5, t[-1] + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(**LEGEND)
+    return ax
