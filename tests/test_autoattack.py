@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 import sys
 from itertools import pairwise
@@ -79,7 +80,10 @@ def test_it_is_the_official_evaluation(tiny_model, caplog, num_classes, version,
     arguments = {"num_classes": num_classes, "eps": eps, "version": version}
     arguments |= {"batch_size": 5, "seed": 3}
     random, twin = torch.get_rng_state(), copy.deepcopy(model)
-    result = autoattack(model, x, y, **arguments)
+    seen = []
+    result = autoattack(
+        model, x, y, **arguments, on_batch=lambda *word: seen.append((word[0], word[1].clone()))
+    )
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
 
@@ -107,6 +111,76 @@ def test_it_is_the_official_evaluation(tiny_model, caplog, num_classes, version,
     assert result.x_adv.max() <= 1
     unchanged = (result.x_adv == x).all(dim=(1, 2, 3))
     assert torch.equal(unchanged, result.robust | ~flags[0])
+
+    with torch.no_grad():
+        assert torch.equal(result.predictions, model(result.x_adv).argmax(dim=1))
+    assert torch.equal(result.predictions == y, result.robust)
+    assert_heard(seen, result.per_attack, batch_size=5)
+
+
+def assert_heard(seen, per_attack, *, batch_size):
+    """A call after each batch of each attack, with flags that only ever fall."""
+    rates = iter(seen)
+    for (_, before), (name, after) in pairwise(per_attack.items()):
+        flags = before
+        for _ in range(math.ceil(int(before.sum()) / batch_size)):
+            heard, robust = next(rates)
+            assert heard == name
+            assert (robust <= flags).all()
+            assert (robust != flags).sum() <= batch_size
+            flags = robust
+        assert torch.equal(flags, after)
+    assert list(rates) == []
+
+
+def test_what_was_seen_instead():
+    """One pixel: class 2 above 0.6, class 1 above 0.4, class 0 below."""
+
+    def model(images):
+        x = images[:, 0, 0, 0]
+        return torch.stack([0 * x, 100 * (x - 0.4), 250 * (x - 0.52)], dim=1)
+
+    x = torch.tensor([0.9, 0.65, 0.5, 0.45, 0.65, 0.1]).reshape(-1, 1, 1, 1)
+    y = torch.tensor([2, 2, 2, 1, 0, 0])
+    seen = []
+    result = autoattack(
+        model,
+        x,
+        y,
+        num_classes=3,
+        eps=0.1,
+        batch_size=2,
+        on_batch=lambda *word: seen.append((word[0], word[1].clone())),
+    )
+    # 0.65 falls to class 1 and 0.45 to 0, which a ball of 0.1 around them reaches; the third and the
+    # fifth were wrong before.
+    assert result.predictions.tolist() == [2, 1, 1, 0, 2, 0]
+    assert result.robust.tolist() == [True, False, False, False, False, True]
+    assert_heard(seen, result.per_attack, batch_size=2)
+    assert [name for name, _ in seen][:2] == ["apgd-ce"] * 2
+    assert seen[-1][0] == "square"
+
+
+def test_no_empty_batch_is_asked_for():
+    """`view(len(images), -1)`, as many networks have it, is an error for no images."""
+    weight = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+
+    def model(images):
+        return images.view(len(images), -1) @ weight
+
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    heard = []
+    result = autoattack(
+        model,
+        x,
+        model(x).argmax(dim=1),
+        num_classes=10,
+        eps=0.9,
+        on_batch=lambda *word: heard.append(word[0]),
+    )
+    assert not result.robust.any()
+    assert heard == ["apgd-ce"]
+    assert list(result.per_attack) == ["clean", *VERSIONS["standard"]]
 
 
 def settings(num_classes, version):

@@ -15,6 +15,8 @@ from ferdlib import _checks
 from ferdlib._modes import borrowed
 from ferdlib.attacks.engine import Model, rounded_inside
 
+OnBatch = Callable[[str, Tensor], None]
+
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -31,11 +33,14 @@ class AutoAttackResult:
         robust: bool `(N,)`, correct on the clean image and under every attack.
         per_attack: for "clean" and each attack that ran, in order, bool `(N,)`: still robust after it
             (cumulative). Attacks that need more classes than there are do not appear.
+        predictions: int64 `(N,)`, the class that the model gave `x_adv` when it was judged; the label
+            where the sample is robust.
     """
 
     x_adv: Tensor
     robust: Tensor
     per_attack: dict[str, Tensor]
+    predictions: Tensor
 
 
 def autoattack(
@@ -48,6 +53,7 @@ def autoattack(
     version: Literal["standard", "plus", "rand"] = "standard",
     batch_size: int = 250,
     seed: int = 0,
+    on_batch: OnBatch | None = None,
 ) -> AutoAttackResult:
     """AutoAttack in the L-infinity ball, by the authors' own attacks from `pyautoattack`.
 
@@ -67,6 +73,8 @@ def autoattack(
         version: "standard" (the published evaluation), "plus" or "rand" (for randomised models).
         batch_size: samples per batch. It changes the noise, and so may change single flags.
         seed: of the attacks' noise.
+        on_batch: called as `on_batch(attack, robust)` after each batch of each attack, with its name and
+            the flags so far, bool `(N,)`, which go on changing: copy what is to be kept.
 
     Returns:
         An `AutoAttackResult`; `result.robust.float().mean()` is the robust accuracy.
@@ -116,18 +124,50 @@ def autoattack(
     with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
         images, labels = x.detach().float().clone(), targets.clone()
         clean = [classes(batch) for batch in images.split(batch_size) if len(batch)]
-        robust = torch.cat(clean) == labels if clean else torch.ones_like(labels, dtype=torch.bool)
+        predictions = torch.cat(clean) if clean else labels.clone()
+        robust = predictions == labels
         x_adv, per_attack = x.detach().clone(), {"clean": robust.clone()}
         for attack, perturb in _attacks(logits, images, num_classes, eps, version, seed):
             for index in robust.nonzero().squeeze(1).split(batch_size):
+                if len(index) == 0:  # what `split` makes of none
+                    break
                 found = perturb(images[index], labels[index]).detach()
                 # What is judged is what is returned, so it is rounded before and not after.
                 found = rounded_inside(found, x[index], eps, (0.0, 1.0))
-                fooled = classes(found) != labels[index]
+                predicted = classes(found)
+                fooled = predicted != labels[index]
                 x_adv[index[fooled]] = found[fooled]
+                predictions[index[fooled]] = predicted[fooled]
                 robust[index[fooled]] = False
+                if on_batch is not None:
+                    on_batch(attack, robust)
             per_attack[attack] = robust.clone()
-    return AutoAttackResult(x_adv, robust, per_attack)
+    return AutoAttackResult(x_adv, robust, per_attack, predictions)
+
+
+def square(
+    model: Model, x: Tensor, targets: Tensor, *, eps: float, queries: int, seed: int
+) -> Tensor:
+    """AutoAttack's black-box member alone, bool `(N,)`: which samples withstood so many queries."""
+    from pyautoattack.square import SquareAttack
+
+    with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
+        images = x.detach().float().clone()
+
+        def logits(batch: Tensor) -> Tensor:
+            return _checks.logits("square", model(batch.to(x.dtype)), argument="model(x)").float()
+
+        attack: Any = SquareAttack(
+            logits,
+            n_queries=queries,
+            eps=eps,
+            norm="Linf",
+            seed=seed,
+            device=images.device,
+            resc_schedule=True,  # its schedule is made for 5,000
+        )
+        found = attack.perturb(images, targets.clone())
+        return logits(found).argmax(dim=1) == targets
 
 
 def _attacks(
