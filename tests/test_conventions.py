@@ -29,6 +29,12 @@ every_attack = pytest.mark.parametrize("name", ATTACKS)
 LOSSES = {"uniformity": "z", "confidence_penalty": "z", "kl_divergence": "tz", "distillation": "zt"}
 LOSSES |= {"decoupled_kl": "zt", "masked_distillation": "zt", "ferd_distillation_loss": "zzt"}
 LOSSES |= {"cross_entropy": "zy", "margin": "zy", "cw_margin": "zy"}
+LOSSES |= {"trades": "zzy", "ard": "zzty", "rslad": "zzt", "iad": "zztty", "adaad": "zztt"}
+LOSSES |= {"absld": "zzt", "mtard": "zztt", "bat": "zzzy"}
+NEEDED = {"absld": {"adv_temperature": 2.0, "clean_temperature": 0.5}}
+# Those that judge a batch, or are no loss.
+OTHERS = {"BatchNormStatistics", "MTARDBalance", "class_temperatures", "class_variance"}
+OTHERS |= {"ferd_generator_loss"}
 
 
 def run(name, model, x=X, **keywords):
@@ -86,12 +92,13 @@ def test_labels_are_int64_and_classes_axis_1():
 
 
 def test_losses_return_one_value_per_sample():
-    assert set(losses.__all__) == {*LOSSES, "BatchNormStatistics", "ferd_generator_loss"}
+    assert set(losses.__all__) == {*LOSSES, *OTHERS}
     for name, letters in LOSSES.items():
         arguments = [{"z": Z, "t": REFERENCE, "y": Y}[letter] for letter in letters]
-        values = getattr(losses, name)(*arguments)
+        loss = partial(getattr(losses, name), **NEEDED.get(name, {}))
+        values = loss(*arguments)
         assert values.shape == (N,), name
-        alone = [getattr(losses, name)(*(a[[i]] for a in arguments)) for i in range(N)]
+        alone = [loss(*(a[[i]] for a in arguments)) for i in range(N)]
         torch.testing.assert_close(values, torch.cat(alone))
 
 

@@ -1,5 +1,7 @@
 """Losses, one equation each. Every loss returns one value per sample, `(N,)`, unless it says so."""
 
+from ferdlib.losses.ard import absld, adaad, ard, bat, iad, mtard, rslad, trades
+from ferdlib.losses.balance import MTARDBalance, class_temperatures, class_variance
 from ferdlib.losses.basic import (
     confidence_penalty,
     cross_entropy,
@@ -19,6 +21,13 @@ from ferdlib.losses.ferd import (
 
 __all__ = [
     "BatchNormStatistics",
+    "MTARDBalance",
+    "absld",
+    "adaad",
+    "ard",
+    "bat",
+    "class_temperatures",
+    "class_variance",
     "confidence_penalty",
     "cross_entropy",
     "cw_margin",
@@ -26,8 +35,12 @@ __all__ = [
     "distillation",
     "ferd_distillation_loss",
     "ferd_generator_loss",
+    "iad",
     "kl_divergence",
     "margin",
     "masked_distillation",
+    "mtard",
+    "rslad",
+    "trades",
     "uniformity",
 ]

@@ -1,0 +1,208 @@
+"""What robust distillation and fair training balance while they run.
+
+Between classes their temperatures (ABSLD) and the variance of their losses (FAT), between two
+teachers the weights of their losses (MTARD). Everything raises TypeError for what is no float tensor
+or number where one is due, ValueError for wrong shapes, labels or numbers out of range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ferdlib import _checks
+
+
+def class_temperatures(
+    temperatures: Tensor,
+    class_losses: Tensor,
+    *,
+    rate: float = 0.1,
+    low: float = 0.5,
+    high: float = 5.0,
+) -> Tensor:
+    r"""ABSLD's rule at the end of an epoch: a harder class gets a lower temperature, so a sharper teacher.
+
+    $$\tau_c \leftarrow \mathrm{clip}(\tau_c - r \, g_c / \max_j |g_j|, low, high), \qquad
+      g_c = L_c - \bar L$$
+
+    Args:
+        temperatures: `(K,)`, > 0; the release starts from ones.
+        class_losses: class *means* `(K,)` of the student's cross-entropy, on $\tilde x$ for the
+            adversarial and on x for the clean temperatures (`reweight.ClassMean`). The release
+            sums, which compares class sizes unless they are equal. `nan` is an absent class: it
+            keeps its temperature and is left out of the mean. If all others are equal, nothing moves.
+        rate: r >= 0.
+        low, high: 0 < low <= high.
+
+    Returns:
+        New temperatures `(K,)` in the dtype and on the device of the old. Raises as the module says.
+
+    Example:
+        >>> class_temperatures(torch.ones(3), torch.tensor([1.0, 2.0, 6.0]))  # gaps -2, -1, 3
+        tensor([1.0667, 1.0333, 0.9000])
+    """
+    name = "class_temperatures"
+    tau = _checks.class_vector(name, temperatures, argument="temperatures")
+    losses = _checks.class_vector(name, class_losses, argument="class_losses")
+    _checks.same_shape(name, temperatures=tau, class_losses=losses)
+    if not bool((tau > 0).all()):
+        raise ValueError(f"{name}: expected `temperatures` > 0, got {tau.tolist()}")
+    r = _checks.number(name, "rate", rate, low=0.0)
+    least = _checks.number(name, "low", low, low=0.0, open_low=True)
+    most = _checks.number(name, "high", high, low=least)
+    losses = losses.to(tau.device, torch.float64)
+    absent = losses.isnan()
+    present = losses[~absent]
+    if not len(present) or bool(present.min() == present.max()):
+        return tau.clone()
+    gap = losses - present.mean()
+    moved = (tau.double() - r * gap / gap[~absent].abs().max()).clamp(least, most)
+    return torch.where(absent, tau.double(), moved).to(tau.dtype)
+
+
+def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: int = 1) -> Tensor:
+    r"""FAT's regulariser, the variance over classes of their mean loss, $\sum_c (l_c - \bar l)^2 / (C - ddof)$.
+
+    Over the C classes *present* in the batch; the release has 100 slots and counts the empty ones as
+    losses of 0, so that equal losses are penalised. Added to the mean loss with a factor a, it is as if
+    class c weighed $n_c / N + 2 a (l_c - \bar l) / (C - 1)$ (at ddof 1). Raises as the module says.
+
+    Args:
+        values: losses `(N,)`.
+        ddof: an int >= 0; 1, as in the release, is the sample variance.
+
+    Returns:
+        A scalar with its graph; 0 if no more than `ddof` classes are present.
+
+    Example:
+        >>> values, targets = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
+        >>> class_variance(values, targets, num_classes=10)  # of the means 2 and 5
+        tensor(4.5000)
+    """
+    name = "class_variance"
+    losses = _checks.floating(name, "values", values)
+    if losses.ndim != 1:
+        raise ValueError(f"{name}: expected `values` of shape (N,), got {tuple(losses.shape)}")
+    k = _checks.integer(name, "num_classes", num_classes, low=2)
+    _checks.labels(name, targets, length=len(losses), num_classes=k)
+    member = F.one_hot(targets, k).bool()
+    counts = member.sum(dim=0)
+    present = counts > 0
+    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    means = torch.where(member, losses[:, None], 0.0).sum(dim=0) / counts.clamp(min=1)
+    average = means.sum() / present.sum().clamp(min=1)
+    squares = torch.where(present, means - average, 0.0).square().sum()
+    freedom = present.sum() - _checks.integer(name, "ddof", ddof, low=0)
+    return torch.where(freedom > 0, squares / freedom.clamp(min=1), 0.0)
+
+
+class MTARDBalance:
+    r"""MTARD's loss weights, which follow how far each of the two losses has come since the start.
+
+    $$w_{nat} \leftarrow w_{nat} - r \left( w_{nat}
+      - \frac{\hat L_{nat}^b}{\hat L_{adv}^b + \hat L_{nat}^b} \right), \qquad
+      \hat L = L(t) / L(0), \qquad w_{adv} = 1 - w_{nat}$$
+
+    L(0) are the losses of the first `update`, one batch, so it belongs into a checkpoint. Nothing is
+    read back from an accelerator but at that first update. Two losses of 0, or one that is not
+    finite, leave the weights alone. Where several processes train, average the losses over them.
+
+    Args:
+        rate: r in [0, 1], an attribute to schedule: the release divides it by 10 at epochs 215, 260
+            and 285 of 300.
+        exponent: b >= 0.
+
+    Attributes:
+        clean_weight, adv_weight: float64 scalar tensors of sum 1, each 1/2 at the start.
+        initial_losses: L(0), adversarial and clean, float64 `(2,)`; empty before the first update.
+
+    Raises: as the module says, and ValueError for first losses that are not finite and > 0.
+
+    Example:
+        >>> balance = MTARDBalance(rate=0.5)
+        >>> _ = balance.update(torch.tensor(2.0), torch.tensor(1.0))
+        >>> adv_weight, _ = balance.update(torch.tensor(1.0), torch.tensor(1.5))  # 1/2 and 3/2
+        >>> adv_weight  # w_nat = 1/2 - 1/2 (1/2 - 3/4)
+        tensor(0.3750, dtype=torch.float64)
+    """
+
+    def __init__(self, *, rate: float = 0.025, exponent: float = 1.0) -> None:
+        self.rate = rate
+        self.exponent = _checks.number("MTARDBalance", "exponent", exponent, low=0.0)
+        self.clean_weight = torch.tensor(0.5, dtype=torch.float64)
+        self.initial_losses = torch.empty(0, dtype=torch.float64)
+
+    @property
+    def rate(self) -> float:
+        return self._rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self._rate = _checks.number("MTARDBalance", "rate", value, low=0.0, high=1.0)
+
+    @property
+    def adv_weight(self) -> Tensor:
+        return 1 - self.clean_weight
+
+    def update(self, adv_loss: Tensor, clean_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """From the batch means of both losses, the weights `(adv_weight, clean_weight)` of this batch."""
+        adv = _scalar("MTARDBalance", "adv_loss", adv_loss).double()
+        clean = _scalar("MTARDBalance", "clean_loss", clean_loss).to(adv)
+        now = torch.stack([adv, clean])
+        if not len(self.initial_losses):
+            if not bool((now.isfinite() & (now > 0)).all()):
+                raise ValueError(
+                    "MTARDBalance: expected finite `adv_loss` and `clean_loss` > 0 at the first update, "
+                    f"which later ones are divided by, got {now.tolist()}"
+                )
+            self.initial_losses = now
+        # A divergence of 0 may round to just below it, and a power of that be nan.
+        relative = now.clamp(min=0) / self.initial_losses.to(now)
+        powers = relative**self.exponent
+        total = powers.sum()
+        w = self.clean_weight.to(now)
+        share = torch.where(total.isfinite() & (total > 0), powers[1] / total, w)
+        self.clean_weight = w - self.rate * (w - share)
+        return self.adv_weight, self.clean_weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that continuing needs: two tensors and the rate."""
+        return {
+            "clean_weight": self.clean_weight.clone(),
+            "initial_losses": self.initial_losses.clone(),
+            "rate": self.rate,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"MTARDBalance: expected `state` as a dict, got {_checks.got(state)}")
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"MTARDBalance: expected `state` with {sorted(self.state_dict())}, got {sorted(state)}"
+            )
+        weight = _scalar("MTARDBalance", "clean_weight", state["clean_weight"])
+        initial = _checks.floating("MTARDBalance", "initial_losses", state["initial_losses"])
+        if initial.shape not in ((0,), (2,)):
+            raise ValueError(
+                "MTARDBalance: expected `initial_losses` of shape (0,) or (2,), got "
+                f"{tuple(initial.shape)}"
+            )
+        self.rate = state["rate"]
+        self.clean_weight = weight.double().clone()
+        self.initial_losses = initial.detach().double().clone()
+
+
+def _scalar(function: str, argument: str, value: object) -> Tensor:
+    """A float tensor without dimensions, without its gradient."""
+    scalar = _checks.floating(function, argument, value)
+    if scalar.ndim != 0:
+        raise ValueError(
+            f"{function}: expected `{argument}` to be a scalar tensor, got shape {tuple(scalar.shape)}"
+        )
+    return scalar.detach()
