@@ -305,7 +305,8 @@ class FERDTrainer:
                 f"FERDTrainer: expected a finite student loss, got {student_loss} in epoch {self.epoch}; "
                 f"lower `student_lr`"
             )
-        self.method.end_epoch()
+        if not warmup:  # the method has seen nothing of a warm-up epoch
+            self.method.end_epoch()
         self.epoch += 1
         stats = EpochStats(
             epoch=self.epoch,

@@ -1,0 +1,195 @@
+"""The fairness-aware average: what it averages, when, and that the model is only read."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ferdlib.methods import FairAverage
+
+FAIR, UNFAIR = torch.tensor([0.9, 0.5]), torch.tensor([0.9, 0.1])
+
+
+def make_model(seed=0):
+    """Weights, BatchNorm's float and integer buffers, a bool and a non-persistent buffer."""
+    rng = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+    model.register_buffer("flag", torch.tensor(True))
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    return change(model, rng)
+
+
+def change(model, rng):
+    """Other weights and statistics, as after an epoch."""
+    with torch.no_grad():
+        for value in [
+            *model.parameters(),
+            model[1].running_mean,
+            model[1].running_var,
+            model.scratch,
+        ]:
+            value.copy_(torch.rand(value.shape, generator=rng))
+        model[1].num_batches_tracked += 7
+    return model
+
+
+def values(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def assert_equal(model, other):
+    for name, value in values(model).items():
+        assert torch.equal(value, values(other)[name]), name
+
+
+def test_the_average_is_the_formula_for_weights_and_buffers():
+    model, rng = make_model(), torch.Generator().manual_seed(1)
+    average, expected = FairAverage(model, decay=0.7), None
+    for _ in range(5):
+        change(model, rng)
+        assert average.update(model, FAIR)
+        now = {name: value.detach().clone() for name, value in values(model).items()}
+        if expected is None:
+            expected = now
+        for name, value in now.items():
+            if value.is_floating_point():
+                value.copy_(0.7 * expected[name] + 0.3 * value)
+        expected = now
+    for name, value in values(average.module).items():
+        torch.testing.assert_close(value.detach(), expected[name], msg=name)
+    assert average.module[1].num_batches_tracked == model[1].num_batches_tracked == 42
+    assert average.module[1].running_mean.ne(model[1].running_mean).all()
+    assert average.module.flag.dtype == torch.bool
+    assert average.updates == 5
+
+
+def test_the_first_average_is_a_copy_whatever_came_before():
+    model, rng = make_model(), torch.Generator().manual_seed(1)
+    average, start = FairAverage(model), copy.deepcopy(model)
+    for _ in range(3):
+        assert not average.update(change(model, rng), UNFAIR)
+        assert_equal(average.module, start)
+    assert average.updates == 0
+    assert average.update(model, FAIR)
+    assert_equal(average.module, model)
+    frozen = copy.deepcopy(model)
+    assert not average.update(change(model, rng), UNFAIR)
+    assert_equal(average.module, frozen)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "threshold", "averaged"),
+    [
+        ([0.2, 0.9], 0.2, True),
+        ([0.19, 0.9], 0.2, False),
+        ([math.nan, 0.3], 0.2, True),
+        ([math.nan, 0.1], 0.2, False),
+        ([0.0, 0.0], 0.0, True),
+        ([0.7, 0.9], 0.7, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_worst_class_decides(accuracy, threshold, averaged, dtype):
+    model = nn.Linear(1, 2)
+    average = FairAverage(model, threshold=threshold)
+    assert average.update(model, torch.tensor(accuracy, dtype=dtype)) is averaged
+
+
+def test_a_decay_of_0_follows_and_of_1_stays():
+    model, rng = make_model(), torch.Generator().manual_seed(1)
+    follows, stays = FairAverage(model, decay=0.0), FairAverage(model, decay=1.0)
+    for average in (follows, stays):
+        average.update(model, FAIR)
+    first = copy.deepcopy(model)
+    change(model, rng)
+    for average in (follows, stays):
+        average.update(model, FAIR)
+    assert_equal(follows.module, model)
+    assert torch.equal(stays.module[3].weight, first[3].weight)
+
+
+def test_the_model_is_only_read():
+    model = make_model().train()
+    model[0].eval()
+    model[3].weight.requires_grad_(False)
+    model(torch.rand(2, 2, 6, 6)).sum().backward()
+    before = copy.deepcopy(model)
+    average = FairAverage(model)
+    for accuracy in (FAIR, UNFAIR, FAIR):
+        average.update(model, accuracy)
+    assert_equal(model, before)
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    for parameter, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert parameter.requires_grad == old.requires_grad
+        assert (parameter.grad is None) == (not parameter.requires_grad)
+    assert not any(m.training for m in average.module.modules())
+    assert not any(p.requires_grad for p in average.module.parameters())
+    with torch.no_grad():
+        model[3].bias.zero_()
+    assert average.module[3].bias.any()
+
+
+def test_the_average_continues_from_its_state():
+    model, rng = make_model(), torch.Generator().manual_seed(1)
+    average, again = FairAverage(model), FairAverage(make_model(5))
+    average.update(change(model, rng), FAIR)
+    average.update(change(model, rng), FAIR)
+    state = average.state_dict()
+    again.load_state_dict(state)
+    for value in state.values():
+        value.zero_()
+    change(model, rng)
+    for a in (average, again):
+        assert a.updates == 2
+        a.update(model, FAIR)
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "argument"),
+    [
+        (lambda: FairAverage(len), TypeError, "model"),
+        (lambda: FairAverage(nn.Linear(1, 2), decay=1.1), ValueError, "decay"),
+        (lambda: FairAverage(nn.Linear(1, 2), threshold=20.0), ValueError, "threshold"),
+        (lambda: FairAverage(nn.Linear(1, 2)).update(len, FAIR), TypeError, "model"),
+        (lambda: FairAverage(nn.Linear(1, 2)).update(nn.Linear(1, 3), FAIR), ValueError, "model"),
+        (
+            lambda: FairAverage(nn.Linear(1, 2)).update(nn.Linear(1, 2, bias=False), FAIR),
+            ValueError,
+            "model",
+        ),
+        (
+            lambda: FairAverage(nn.Linear(1, 2)).update(nn.Linear(1, 2), [0.5, 0.6]),
+            TypeError,
+            "class_accuracy",
+        ),
+        (
+            lambda: FairAverage(nn.Linear(1, 2)).update(nn.Linear(1, 2), 100 * FAIR),
+            ValueError,
+            "class_accuracy",
+        ),
+        (
+            lambda: FairAverage(nn.Linear(1, 2)).update(nn.Linear(1, 2), math.nan * FAIR),
+            ValueError,
+            "class_accuracy",
+        ),
+        (lambda: FairAverage(nn.Linear(1, 2)).load_state_dict([1]), TypeError, "state"),
+    ],
+)
+def test_errors_name_the_class_and_the_argument(call, error, argument):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith("FairAverage: ")
+    assert f"`{argument}`" in str(caught.value)
+
+
+def test_a_state_of_another_model_is_refused_before_anything_is_loaded():
+    average = FairAverage(nn.Linear(1, 2))
+    before = average.state_dict()
+    with pytest.raises(ValueError, match=r"^FairAverage: expected `state` .* module\.weight"):
+        average.load_state_dict(FairAverage(nn.Linear(3, 2)).state_dict())
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, before[name])

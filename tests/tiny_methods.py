@@ -1,0 +1,119 @@
+"""What the tests of the methods share: tiny models and images, and the published attacks by hand."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny_model
+
+from ferdlib.attacks import pgd
+from ferdlib.methods import METHODS, PRESETS, create
+
+K = 4
+EVERY = [(name, preset) for name in METHODS for preset in PRESETS[name]]
+PLAIN = ("sat", "trades", "bat")
+
+
+def model(seed=0):
+    return make_tiny_model(K, seed=seed).double()
+
+
+LABELLER = model()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(seed=0, n=9):
+    """Images of differing contrast, with the labels that the first model gives them but for some."""
+    rng = seeded(seed)
+    scale = torch.rand(n, 2, 1, 1, generator=rng, dtype=torch.float64)
+    x = scale * torch.rand(n, 2, 6, 5, generator=rng, dtype=torch.float64) ** 2
+    y = LABELLER(x).argmax(1)
+    return x, torch.where(torch.arange(n) % 4 == 3, (y + 1) % K, y)
+
+
+def teachers(name):
+    """The teachers that a method wants."""
+    wanted = ("teacher",) if name not in PLAIN else ()
+    wanted += ("natural_teacher",) if "mtard" in name else ()
+    return {argument: model(seed) for seed, argument in enumerate(wanted, 10)}
+
+
+def make(name, preset="paper", **settings):
+    return create(name, K, preset=preset, **(teachers(name) | settings))
+
+
+def kl(p_logits, q_logits):
+    log_q, log_p = q_logits.log_softmax(1), p_logits.log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def ce(z, y):
+    return F.cross_entropy(z, y, reduction="none")
+
+
+def base(name):
+    """Whose attack and whose divergence a method has."""
+    return "ard" if name.endswith("-ard") else name.removeprefix("fair-")
+
+
+def in_train_mode(name, preset):
+    return preset == "released" and base(name) in ("ard", "iad")
+
+
+def buffers(model):
+    return [b.clone() for b in model.buffers()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
+
+
+def both(student, teacher, x):
+    return torch.stack([student(x), teacher(x)])
+
+
+def by_hand(name, preset, student, x, y, rng, **changes):
+    """The published attack, on a copy of the student in its mode."""
+    kind = base(name)
+    student = copy.deepcopy(student).train(in_train_mode(name, preset))
+    settings = {
+        "loss": ce,
+        "random_start": "uniform" if kind in ("sat", "ard", "iad") else "normal",
+        "eps": 0.031 if kind in ("trades", "bat") else 8 / 255,
+        "step_size": 0.007 if kind in ("trades", "bat") else 2 / 255,
+        "steps": 10,
+        "train_mode": in_train_mode(name, preset),
+        "rng": rng,
+    }
+    attacked, targets = student, y
+    if kind in ("trades", "bat", "rslad", "absld"):
+        reference = student if kind in ("trades", "bat") else teachers(name)["teacher"]
+        targets, settings["loss"] = reference(x).detach(), lambda z, t: kl(t, z)
+    if kind == "adaad":
+        teacher = teachers(name)["teacher"]
+        attacked = partial(both, student, teacher)
+        settings["loss"] = lambda z, _: kl(z[1], z[0])
+    return pgd(attacked, x, targets, **(settings | changes))
+
+
+def recorded_steps(name, preset, student, x, y, rng, labels):
+    """The attack by hand, and of its first ten iterates: how many until one is wrong, how many are right."""
+    correct = []
+    x_adv = by_hand(
+        name,
+        preset,
+        student,
+        x,
+        y,
+        rng,
+        on_step=lambda step, _, z: correct.append((z.argmax(1) == labels).numpy()),
+    )
+    correct = np.stack(correct)
+    assert len(correct) == 10
+    first = np.where(correct.all(axis=0), 10, (~correct).argmax(axis=0))
+    return x_adv, first, correct.sum(axis=0)
