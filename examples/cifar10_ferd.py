@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -25,15 +24,18 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import train_teacher
-from class_table import attacks, class_accuracies, print_table
-from ferdlib.models import Normalized, create, load_checkpoint, load_robustbench
+from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate
+from ferdlib.models import create
 from ferdlib.models.checkpoint import PUBLISHED
+from ferdlib.plots import plot_images
 from ferdlib.trainer import EpochStats, FERDConfig, FERDTrainer
 from files import read, write, write_model
-from image_data import SHAPES, Images, Source, load, stratified
+from image_data import SHAPES, Images, Source, chosen, load
+from model_sources import normalized, read_model
 
 PRESETS = {"default": FERDConfig, "paper": FERDConfig.paper, "released": FERDConfig.released}
 # Sizes of `--smoke`, whatever the preset says of them.
@@ -95,7 +97,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     out: Path = Path("runs/cifar10_ferd")
-    """Folder for checkpoint.pt, student.pt, classwise.json and synthetic.png."""
+    """Folder for checkpoint.pt, student.pt, the reports of teacher and student, and synthetic.png."""
     smoke: bool = False
     """Two epochs of tiny sizes on generated images, with a tiny teacher unless one is given."""
 
@@ -172,27 +174,18 @@ def robustbench_file(name: str, args: Args) -> Path:
 
 
 def load_teacher(args: Args, images: Images) -> nn.Module:
-    classes, channels = len(images.class_names), images.pixels.shape[1]
     if args.teacher is None:
         raise ValueError("expected --teacher, a checkpoint of a robust model, got none")
-    if args.teacher_architecture is None and args.teacher.stem in PUBLISHED:
-        teacher = load_robustbench(args.teacher, num_classes=classes)
-    else:
-        own = args.teacher_architecture is None
-        teacher = load_checkpoint(
-            args.teacher,
-            architecture=args.teacher_architecture,
-            num_classes=None if own else classes,
-            in_channels=None if own else channels,
-        )
-    if (args.teacher_mean is None) != (args.teacher_std is None):
-        raise ValueError("expected --teacher-mean and --teacher-std together, got one of them")
-    if args.teacher_mean is not None and args.teacher_std is not None:
-        teacher = Normalized(teacher, args.teacher_mean, args.teacher_std)
-    return teacher
+    teacher = read_model(
+        args.teacher,
+        architecture=args.teacher_architecture,
+        num_classes=len(images.class_names),
+        in_channels=images.pixels.shape[1],
+    )
+    return normalized(teacher, args.teacher_mean, args.teacher_std, prefix="teacher-")
 
 
-def prepare(args: Args) -> tuple[FERDTrainer, Images]:
+def prepare(args: Args) -> tuple[FERDTrainer, Dataset[Any], tuple[str, ...]]:
     """Everything that can be wrong with the input is found here, before anything is written."""
     images = load(args.data, args.root, "test", download=args.download)
     found = {"num_classes": len(images.class_names), "image_shape": tuple(images.pixels.shape[1:])}
@@ -204,8 +197,8 @@ def prepare(args: Args) -> tuple[FERDTrainer, Images]:
             )
     if args.checkpoint_every < 1:
         raise ValueError(f"expected --checkpoint-every of at least 1, got {args.checkpoint_every}")
-    if args.test_images is not None:
-        images = images.part(stratified(images, args.test_images, args.seed))
+    protocol(args)  # refuses a radius of 0
+    tested = chosen(images, args.test_images, args.seed)
     teacher = load_teacher(args, images)
     torch.manual_seed(args.seed)
     student = create(args.student, args.ferd.num_classes, in_channels=args.ferd.image_shape[0])
@@ -218,7 +211,7 @@ def prepare(args: Args) -> tuple[FERDTrainer, Images]:
     trainer = FERDTrainer(teacher, student, config=config, seed=args.seed, device=args.device)
     if args.resume is not None:
         resume(trainer, args)
-    return trainer, images
+    return trainer, tested, images.class_names
 
 
 def save(trainer: FERDTrainer, args: Args) -> None:
@@ -295,39 +288,40 @@ def scalars(folder: Path) -> Callable[[EpochStats], None]:
     return log
 
 
-def report(trainer: FERDTrainer, images: Images, args: Args) -> None:
-    """Table, figures as JSON, and a grid of synthetic images, a row for each of the first ten classes."""
-    from torchvision.utils import save_image
+def protocol(args: Args) -> Protocol:
+    """Fair-ARD's, with steps of a quarter of the radius, whatever `--step-size` the training takes."""
+    published = PROTOCOLS["fair-ard"].at(eps=args.ferd.eps).with_seed(args.seed)
+    return published if args.autoattack else published.without("AutoAttack")
 
-    config = trainer.config
-    columns = attacks(
-        config.eps,
-        config.step_size,
-        args.seed,
-        num_classes=config.num_classes,
-        with_autoattack=args.autoattack,
-    )
-    x, y = images.batch(slice(None))
-    models = {"teacher": trainer.teacher.eval(), "student": trainer.student.eval()}
-    results = {
-        name: class_accuracies(
-            model, x, y, columns, num_classes=config.num_classes, device=args.device
+
+def report(
+    trainer: FERDTrainer, tested: Dataset[Any], class_names: tuple[str, ...], args: Args
+) -> None:
+    """Teacher and student class by class, and synthetic images of the first ten classes."""
+    reports = {}
+    for name, model in {"teacher": trainer.teacher, "student": trainer.student}.items():
+        tqdm.write(f"{name} on the test images", file=sys.stderr)
+        reports[name] = evaluate(
+            model,
+            tested,
+            protocol(args),
+            num_classes=len(class_names),
+            class_names=class_names,
+            progress=True,
         )
-        for name, model in models.items()
-    }
-    print_table(results, images.class_names)
-    rows = {name: {k: v.tolist() for k, v in row.items()} for name, row in results.items()}
-    (args.out / "classwise.json").write_text(
-        json.dumps({"preset": args.preset, "seed": args.seed, "models": rows}, indent=1)
-    )
-    pool, labels = trainer.pool.sample(
+        reports[name].save(args.out / f"report-{name}.json")
+    comparison = compare(reports)
+    print(f"\n{comparison}\n\n{comparison.test('student', 'teacher', 'PGD-20')}\n")
+    print(f"The student, {args.preset}:\n{reports['student']}\n")
+
+    x, y = trainer.pool.sample(
         min(len(trainer.pool), 2000), rng=torch.Generator().manual_seed(args.seed)
     )
-    shown = [pool[labels == c][:10] for c in range(min(10, config.num_classes))]
-    blank = torch.ones_like(pool[:1])
-    grid = [torch.cat([row, blank.expand(10 - len(row), -1, -1, -1)]) for row in shown]
-    save_image(torch.cat(grid).cpu(), args.out / "synthetic.png", nrow=10)
-    written = "student.pt, checkpoint.pt, classwise.json, synthetic.png"
+    names = class_names[:10]
+    shown = y < len(names)
+    axes = plot_images(x[shown], y[shown], num_classes=len(names), class_names=names)
+    axes.figure.savefig(args.out / "synthetic.png", dpi=150)
+    written = "student.pt, checkpoint.pt, report-teacher.json, report-student.json, synthetic.png"
     print(f"{args.preset}, seed {args.seed}; written to {args.out}/: {written}")
 
 
@@ -341,12 +335,12 @@ def main(argv: list[str]) -> None:
                 args = replace(args, teacher=args.teacher or tiny_teacher(args))
             if args.teacher is not None and str(args.teacher) in PUBLISHED:
                 args = replace(args, teacher=robustbench_file(str(args.teacher), args))
-            trainer, images = prepare(args)
+            trainer, tested, class_names = prepare(args)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             sys.exit(f"cifar10_ferd: {error}")
         args.out.mkdir(parents=True, exist_ok=True)
         if train(trainer, args):
-            report(trainer, images, args)
+            report(trainer, tested, class_names, args)
         else:
             print(
                 f"stopped after epoch {trainer.epoch} of {trainer.config.epochs}; "

@@ -31,9 +31,8 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from class_table import Results, print_table
-from ferdlib import metrics
 from ferdlib.attacks import pgd
+from ferdlib.evaluation import AttackSpec, Protocol, compare, evaluate
 from ferdlib.models import load_checkpoint
 from image_data import Images, Source, load, stratified
 
@@ -260,24 +259,26 @@ def judge(model: nn.Module, onnx: Model, images: Images, args: Args) -> None:
         pgd(model, *part, eps=args.eps, step_size=args.step_size, steps=ATTACK_STEPS, rng=rng)
         for part in tqdm(parts, desc=f"PGD-{ATTACK_STEPS}", leave=False, disable=None)
     ]
-    columns = {"clean": x, f"PGD-{ATTACK_STEPS}": torch.cat(attacked)}
-    classes = len(images.class_names)
-    results: Results = {"PyTorch": {}, "ONNX": {}}
-    differing = {}
-    for name, judged in columns.items():
-        answers = {"PyTorch": predictions(model, judged), "ONNX": predictions(onnx, judged)}
-        for row, labels in answers.items():
-            counts = metrics.confusion_matrix(labels, y, classes)
-            results[row][name] = metrics.class_accuracy(counts)
-        differing[name] = int((answers["PyTorch"] != answers["ONNX"]).sum())
-    print_table(results, images.class_names)
-    counted = ", ".join(f"{name} {count}" for name, count in differing.items())
+    # For `evaluate`, an attack of the user: one that hands out these images, whatever the model.
+    name = f"PGD-{ATTACK_STEPS}"
+    spec = AttackSpec(name=name, kind="custom", eps=args.eps)
+    reports = {}
+    for row, judging in {"PyTorch": model, "ONNX": onnx}.items():
+        left = iter(attacked)
+        reports[row] = evaluate(
+            judging,
+            (x, y),
+            Protocol(name=f"{name} on the PyTorch model", attacks=(spec,)),
+            num_classes=len(images.class_names),
+            custom={name: lambda _model, _x, _y, left=left: next(left)},
+            batch_size=BATCH,
+        )
+    print(f"\n{compare(reports)}\n")
+    ours, theirs = (report.predictions for report in reports.values())
+    counted = ", ".join(
+        f"{column} {int((ours[column] != theirs[column]).sum())}" for column in ours
+    )
     print(f"predictions that differ, of {len(y)}: {counted}")
-
-
-@torch.no_grad()
-def predictions(model: Model, x: Tensor) -> Tensor:
-    return torch.cat([model(part).argmax(dim=1) for part in x.split(BATCH)])
 
 
 def main(args: Args) -> None:

@@ -1,17 +1,22 @@
 """Labelled images for the examples: torchvision's data sets, any folder of images, scikit-learn's digits.
 
-Everything is decoded once into one tensor; 60,000 CIFAR images are 184 MB of it.
+`load` decodes everything once into one tensor; 60,000 CIFAR images are 184 MB of it. `load_any` knows the
+other classification data sets of torchvision too, and reads these image by image.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 Source = Literal["cifar10", "cifar100", "svhn", "tiny-imagenet", "folder", "digits"]
 Split = Literal["train", "test"]
@@ -39,7 +44,7 @@ TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Dataset[tuple[Tensor, int]]):
     """Pixels `(N, C, H, W)`, uint8 or float in [0, 1]; int64 labels `(N,)`; the classes' names."""
 
     pixels: Tensor
@@ -48,6 +53,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, int]:
+        x, labels = self.batch(slice(k, k + 1))
+        return x[0], int(labels)
 
     def batch(
         self, index: Tensor | slice, device: torch.device | str = "cpu"
@@ -59,6 +68,35 @@ class Images:
 
     def part(self, index: Tensor) -> Images:
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+
+class Streamed(Dataset[tuple[Tensor, int]]):
+    """Images of a torchvision data set, read when they are asked for, as floats in [0, 1] of one size."""
+
+    def __init__(self, data: Any, class_names: tuple[str, ...]) -> None:
+        self.data, self.class_names = data, class_names
+        self.shape = data[0][0].shape
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, int]:
+        x, label = self.data[k]
+        if x.shape != self.shape:
+            raise ValueError(
+                f"expected all images of the shape of the first, {tuple(self.shape)}, got "
+                f"{tuple(x.shape)} of image {k}; --image-size gives them one size"
+            )
+        return x, int(label)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Of all images, int64 `(N,)`."""
+        for name in ("targets", "labels", "_labels"):
+            found = torch.as_tensor(getattr(self.data, name, ()))
+            if found.shape == (len(self),):
+                return found.long()
+        return torch.tensor([self[k][1] for k in range(len(self))])
 
 
 def load(source: Source, root: Path, split: Split, *, download: bool = False) -> Images:
@@ -83,7 +121,45 @@ def load(source: Source, root: Path, split: Split, *, download: bool = False) ->
     return _torchvision(source, root, split, download)
 
 
-def stratified(images: Images, count: int, seed: int) -> Tensor:
+def load_any(
+    data: str,
+    root: Path,
+    *,
+    download: bool = False,
+    split: str = "test",
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+) -> Images | Streamed:
+    """The test images of a `Source`, or of a class of `torchvision.datasets` by its name.
+
+    Of the latter, a class that knows `train` is asked for the others, one that knows `split` for that one.
+
+    Raises:
+        ValueError: no such data set, one without single images and labels, or another number of classes.
+        FileNotFoundError: the data are not there.
+    """
+    images: Images | Streamed
+    if data not in SHAPES:
+        images = _streamed(data, root, download, split, image_size, num_classes)
+    elif image_size is None:
+        images = load(cast(Source, data), root, "test", download=download)
+    else:
+        raise ValueError(f"expected no --image-size for --data {data}, got {image_size}")
+    if num_classes not in (None, len(images.class_names)):
+        raise ValueError(
+            f"expected --num-classes to be {len(images.class_names)}, those of {data}, got {num_classes}"
+        )
+    return images
+
+
+def chosen(images: Images | Streamed, count: int | None, seed: int) -> Dataset[tuple[Tensor, int]]:
+    """All images, or so many with equal shares of the classes, which keep their index."""
+    if count is None:
+        return images
+    return Subset(images, stratified(images, count, seed).tolist())
+
+
+def stratified(images: Images | Streamed, count: int, seed: int) -> Tensor:
     """Indices of `count` images with equal shares of the classes, up to one, drawn by seed.
 
     Raises:
@@ -99,6 +175,60 @@ def stratified(images: Images, count: int, seed: int) -> Tensor:
         members = labels == c
         rank[members] = torch.arange(int(members.sum()))
     return order[rank.argsort(stable=True)[:count]].sort().values
+
+
+def _streamed(
+    name: str,
+    root: Path,
+    download: bool,
+    split: str,
+    image_size: tuple[int, int] | None,
+    num_classes: int | None,
+) -> Streamed:
+    from torchvision import datasets, transforms
+
+    kind = getattr(datasets, name, None) if name in datasets.__all__ else None
+    if not inspect.isclass(kind):
+        raise ValueError(
+            f"expected --data to be one of {', '.join(SHAPES)} or a class of torchvision.datasets, such "
+            f"as MNIST, got {name!r}"
+        )
+    known: set[str] = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters
+        known |= parameters.keys()
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+            break  # EMNIST and others hand on what they do not name themselves
+    resize = [] if image_size is None else [transforms.Resize(image_size)]
+    options = {
+        "root": str(root),
+        "train": False,
+        "split": split,
+        "download": download,
+        "transform": transforms.Compose([*resize, transforms.ToTensor()]),
+    }
+    try:
+        data = kind(**{option: value for option, value in options.items() if option in known})
+        x, label = data[0]
+    except (RuntimeError, OSError) as error:
+        hint = "; --download fetches it" if "download" in known and not download else ""
+        raise FileNotFoundError(
+            f"expected {name} under {str(root)!r}, got {error}{hint}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected {name} to have images with one label each in its split {split!r}, got {error}"
+        ) from error
+    if not (isinstance(x, Tensor) and isinstance(label, Integral)):
+        raise ValueError(f"expected images with one label each, got those of {name}")
+    # ImageNet has a tuple of synonyms for each.
+    classes = [c if isinstance(c, str) else c[0] for c in getattr(data, "classes", None) or ()]
+    names = tuple(classes or map(str, range(num_classes or 0)))
+    if len(names) < 2:
+        raise ValueError(
+            f"expected --num-classes, because {name} does not say it, got {num_classes}"
+        )
+    return Streamed(data, names)
 
 
 def _torchvision(source: str, root: Path, split: Split, download: bool) -> Images:

@@ -4,23 +4,19 @@ A robust teacher is trained on scikit-learn's 1,797 digits (8x8 pixels), the dat
 student a sixth of its size is distilled from the teacher alone. Both are then attacked on the 540 test
 digits. The models are chosen by nothing: the last epoch counts, and the test digits only measure it.
 
-    python examples/quickstart.py                # the table and two pictures, under runs/
+    python examples/quickstart.py                # the tables and three pictures, under runs/
     python examples/quickstart.py --ablate       # the rows with and without each of FERD's parts
     python examples/quickstart.py --autoattack   # one more column, and many more minutes
 """
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
@@ -30,9 +26,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from class_table import attacks, class_accuracies, print_table
 from ferdlib.attacks import pgd
+from ferdlib.evaluation import PROTOCOLS, RobustnessReport, compare, evaluate
 from ferdlib.models import small_cnn
+from ferdlib.plots import plot_classes, plot_images, plot_weights
 from ferdlib.trainer import FERDConfig, FERDTrainer
 from files import write_model
 
@@ -70,7 +67,7 @@ class Args:
     epochs: int = 30
     """Epochs of the distillation, three of them warm-up."""
     out: Path = Path("runs/quickstart")
-    """Folder for the pictures and the student's weights."""
+    """Folder for the pictures, the reports and the student's weights."""
 
 
 def digits(seed: int) -> dict[str, Data]:
@@ -151,48 +148,44 @@ def distil(teacher: nn.Module, settings: FERDConfig, seed: int, name: str) -> FE
     return trainer
 
 
-def draw_classes(results: dict[str, dict[str, Tensor]], attack: str, path: Path) -> None:
-    """Class-wise accuracy as bars, the worst class of each model marked."""
-    figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
-    step = 0.8 / len(results)
-    for k, (name, row) in enumerate(results.items()):
-        accuracy = 100 * row[attack]
-        worst = int(accuracy.argmin())
-        places = torch.arange(10) + step * (k - (len(results) - 1) / 2)
-        bars = axes.bar(places.numpy(), accuracy.numpy(), step, label=name, color=f"C{k}")
-        bars[worst].set(edgecolor="black", linewidth=1.5, hatch="///")
-        axes.annotate(
-            f"{accuracy[worst]:.0f}",
-            (float(places[worst]), float(accuracy[worst])),
-            ha="center",
-            va="bottom",
-        )
-    axes.set(
-        xlabel="digit",
-        ylabel=f"{attack} accuracy (%)",
-        xticks=range(10),
-        ylim=(0, 122),
-        yticks=range(0, 101, 20),
-        title=f"Class-wise robust accuracy, L-inf eps {EPS}; hatched: the model's worst class",
+def attack(models: dict[str, nn.Module], data: Data, args: Args) -> dict[str, RobustnessReport]:
+    """Fair-ARD's evaluation of each model at this threat model, class by class."""
+    protocol = PROTOCOLS["fair-ard"].at(eps=EPS).with_seed(args.seed)
+    if not args.autoattack:
+        protocol = protocol.without("AutoAttack")
+    reports = {}
+    for name, model in models.items():
+        tqdm.write(f"{name} on {len(data[1])} test digits", file=sys.stderr)
+        reports[name] = evaluate(model, data, protocol, num_classes=10, progress=True)
+    return reports
+
+
+def draw(reports: dict[str, RobustnessReport], trainer: FERDTrainer, out: Path) -> None:
+    """Teacher and student class by class, the weights beside the student's classes, synthetic images."""
+    found = {name: reports[name]["PGD-20"] for name in ("teacher", "FERD")}
+    classes = plot_classes(
+        {name: result.class_accuracy for name, result in found.items()},
+        intervals={name: result.class_interval for name, result in found.items()},
+        ylabel="PGD-20 accuracy (%)",
     )
-    axes.legend(loc="upper center", ncols=len(results), fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_images(trainer: FERDTrainer, path: Path) -> None:
-    """Synthetic images from the pool, a row for each label that they were made for."""
+    classes.set(
+        title=f"Class-wise robust accuracy, L-inf eps {EPS}, 95 % intervals", xlabel="digit"
+    )
+    weights = plot_weights(
+        trainer.class_probabilities,
+        found["FERD"].class_accuracy,
+        weights_label="class probability",
+        accuracy_label="PGD-20 accuracy (%)",
+    )
+    weights.set(
+        title="Class probabilities after the last epoch, and the student they led to",
+        xlabel="digit",
+    )
     x, y = trainer.pool.sample(len(trainer.pool), rng=torch.Generator().manual_seed(0))
-    figure, axes = plt.subplots(10, 10, figsize=(6, 6.2), layout="constrained")
-    for label in range(10):
-        for k, image in zip(range(10), x[y == label], strict=False):
-            axes[label, k].imshow(image[0].cpu(), cmap="gray", vmin=0, vmax=1)
-        axes[label, 0].set_ylabel(str(label), rotation=0, va="center", labelpad=10)
-    for each in axes.flat:
-        each.set(xticks=[], yticks=[])
-    figure.suptitle("Synthetic images by the label they were made for")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    images = plot_images(x, y, num_classes=10)
+    images.set(title="Synthetic images by the label they were made for")
+    for name, axes in (("classwise", classes), ("weights", weights), ("synthetic", images)):
+        axes.figure.savefig(out / f"{name}.png", dpi=150)
 
 
 def main(args: Args) -> None:
@@ -209,15 +202,13 @@ def main(args: Args) -> None:
             trainer if same else distil(teacher, settings, args.seed, f"student, {name}")
         ).student
 
-    columns = attacks(EPS, STEP_SIZE, args.seed, with_autoattack=args.autoattack)
-    results = {
-        name: class_accuracies(model, *data["test"], columns)
-        for name, model in tqdm(models.items(), desc="attacking the test digits", unit="model")
-    }
-    print_table(results)
-    pair = {name: results[name] for name in ("teacher", "FERD")}
-    draw_classes(pair, "PGD-20", args.out / "classwise.png")
-    draw_images(trainer, args.out / "synthetic.png")
+    reports = attack(models, data["test"], args)
+    comparison = compare(reports)
+    print(f"\n{comparison}\n\n{comparison.test('FERD', 'teacher', 'PGD-20')}\n")
+    print(f"The FERD student:\n{reports['FERD']}\n")
+    for name in ("teacher", "FERD"):
+        reports[name].save(args.out / f"report-{name}.json")
+    draw(reports, trainer, args.out)
     write_model(
         trainer.student,
         args.out / "student.pt",
@@ -225,13 +216,10 @@ def main(args: Args) -> None:
         num_classes=10,
         in_channels=1,
     )
-    rows = {name: {k: v.tolist() for k, v in row.items()} for name, row in results.items()}
-    (args.out / "classwise.json").write_text(
-        json.dumps({"seed": args.seed, "models": rows}, indent=1)
-    )
     sizes = [sum(p.numel() for p in model.parameters()) for model in (teacher, trainer.student)]
     print(f"teacher {sizes[0]:,} parameters, student {sizes[1]:,}; seed {args.seed}")
-    print(f"written to {args.out}/: classwise.png, classwise.json, synthetic.png, student.pt")
+    written = "report-teacher.json, report-FERD.json, classwise.png, weights.png, synthetic.png"
+    print(f"written to {args.out}/: {written}, student.pt")
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 

@@ -10,7 +10,6 @@ that `--resume` needs; `teacher.pt` is what `cifar10_ferd.py --teacher` takes.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -22,15 +21,16 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from class_table import attacks, class_accuracies, print_table
-from ferdlib import losses, metrics
+from ferdlib import losses
 from ferdlib.attacks import pgd, utae_pgd
 from ferdlib.augment import crop_flip
+from ferdlib.evaluation import PROTOCOLS, Protocol, evaluate
 from ferdlib.models import create
 from files import read, write, write_model
-from image_data import AUGMENTATIONS, Images, Source, load, stratified
+from image_data import AUGMENTATIONS, Images, Source, chosen, load, stratified
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     out: Path = Path("runs/teacher")
-    """Folder for checkpoint.pt and teacher.pt."""
+    """Folder for checkpoint.pt, teacher.pt and report.json."""
     resume: bool = False
     """Continue from the checkpoint in --out."""
     max_minutes: float | None = None
@@ -216,7 +216,7 @@ def precision(args: Args) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16)
 
 
-def prepare(args: Args) -> tuple[Training, Images, Images]:
+def prepare(args: Args) -> tuple[Training, Images, Dataset[Any]]:
     """Everything that can be wrong with the input is found here, before anything is written."""
     images = load(args.data, args.root, "train", download=args.download)
     test = load(args.data, args.root, "test", download=args.download)
@@ -229,34 +229,36 @@ def prepare(args: Args) -> tuple[Training, Images, Images]:
         raise ValueError(
             f"expected --val-images in 1..{len(images) - 1}, got {args.val_images} of {len(images)} images"
         )
-    if args.test_images is not None:
-        test = test.part(stratified(test, args.test_images, args.seed))
+    protocol("quick", args)  # refuses a radius of 0
+    tested = chosen(test, args.test_images, args.seed)
     held_out = stratified(images, args.val_images, args.seed)
     kept = torch.ones(len(images), dtype=torch.bool)
     kept[held_out] = False
     training = Training(args, images.part(kept.nonzero().flatten()))
     if args.resume:
         training.load(args.out / "checkpoint.pt")
-    return training, images.part(held_out), test
+    return training, images.part(held_out), tested
+
+
+def protocol(name: str, args: Args) -> Protocol:
+    """One of the library's at the radius of the training."""
+    return PROTOCOLS[name].at(eps=args.eps).with_seed(args.seed)
 
 
 def accuracies(training: Training, held_out: Images) -> str:
     """Clean and PGD-10 accuracy on the images held out, in words."""
-    args, model = training.args, training.model.eval()
-    x, y = held_out.batch(slice(None))
-    columns = attacks(args.eps, args.step_size, args.seed, steps=10)
-    shown = {name: columns[name] for name in ("clean", "PGD-10")}
-    found = class_accuracies(
-        model, x, y, shown, num_classes=len(held_out.class_names), device=args.device
+    report = evaluate(
+        training.model,
+        held_out,
+        protocol("quick", training.args).without("FGSM"),
+        num_classes=len(held_out.class_names),
     )
-    return ", ".join(
-        f"{name} {100 * metrics.average(accuracy):.1f}" for name, accuracy in found.items()
-    )
+    return ", ".join(f"{name} {100 * report[name].average:.1f}" for name in ("clean", "PGD-10"))
 
 
 def main(args: Args) -> None:
     try:
-        training, held_out, test = prepare(args)
+        training, held_out, tested = prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"train_teacher: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -273,17 +275,18 @@ def main(args: Args) -> None:
         print(f"stopped after epoch {training.epoch} of {args.epochs}; --resume goes on")
         return
     training.save_model(args.out / "teacher.pt")
-    classes = len(test.class_names)
-    columns = attacks(
-        args.eps, args.step_size, args.seed, num_classes=classes, with_autoattack=args.autoattack
+    published = protocol("fair-ard", args)
+    report = evaluate(
+        training.model,
+        tested,
+        published if args.autoattack else published.without("AutoAttack"),
+        num_classes=len(held_out.class_names),
+        class_names=held_out.class_names,
+        progress=True,
     )
-    x, y = test.batch(slice(None))
-    model = training.model.eval()
-    row = class_accuracies(model, x, y, columns, num_classes=classes, device=args.device)
-    print_table({args.architecture: row}, test.class_names)
-    rows = {name: accuracy.tolist() for name, accuracy in row.items()}
-    (args.out / "classwise.json").write_text(json.dumps(rows, indent=1))
-    print(f"written to {args.out}/: teacher.pt, checkpoint.pt, classwise.json")
+    print(f"\n{args.architecture}, {args.method}:\n{report}\n")
+    report.save(args.out / "report.json")
+    print(f"written to {args.out}/: teacher.pt, checkpoint.pt, report.json")
 
 
 if __name__ == "__main__":

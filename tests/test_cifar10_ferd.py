@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import json
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ferdlib.evaluation import PROTOCOLS, RobustnessReport
 from ferdlib.models import create, load_checkpoint
 from ferdlib.trainer import FERDConfig
 
@@ -24,6 +24,12 @@ ROOT = Path(__file__).parents[1]
 def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"examples/{script}.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def table_rows(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """A name, and average, worst class and NSD under each attack, of teacher and student."""
+    pattern = r"^(?:teacher|student)(?: +(?:\d+\.\d+|-))+$"
+    return [line.split() for line in re.findall(pattern, result.stdout, flags=re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +45,21 @@ def test_smoke_runs_two_epochs_in_time_and_prints_the_table(smoke):
     _, result, seconds = smoke
     assert seconds < 120
     assert "2/2" in result.stderr
-    rows = [line for line in result.stdout.splitlines() if re.match(r"^(teacher|student)", line)]
-    assert [len(row.split("|")) for row in rows] == [5, 5]
+    assert [len(row) for row in table_rows(result)] == [16, 16]
 
 
 def test_smoke_leaves_a_student_a_checkpoint_and_figures(smoke):
-    out, _, _ = smoke
+    out, result, _ = smoke
     assert load_checkpoint(out / "student.pt")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     state = torch.load(out / "checkpoint.pt", weights_only=True)["trainer"]
     assert state["epoch"] == 2
     assert (out / "synthetic.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((out / "classwise.json").read_text())["models"]
-    assert {len(values) for row in rows.values() for values in row.values()} == {10}
+    for name, *cells in table_rows(result):
+        report = RobustnessReport.load(out / f"report-{name}.json")
+        assert report.class_names == tuple(f"class{c:03d}" for c in range(10))
+        assert report.protocol == PROTOCOLS["fair-ard"].at(eps=8 / 255).without("AutoAttack")
+        averages = [100 * report[column].average for column in report.columns]
+        assert [float(cell) for cell in cells[::3]] == pytest.approx(averages, abs=0.005001)
     assert any((out / "tensorboard").iterdir())
 
 
@@ -96,8 +105,11 @@ def test_train_teacher_learns_and_tests(teacher):
     path, printed = teacher
     model = load_checkpoint(path)
     assert model(torch.rand(1, 3, 8, 8)).shape == (1, 3)
-    clean = float(re.search(r"small_cnn_4 \| +(\d+\.\d)", printed).group(1))
-    assert clean > 34  # three classes, one colour each
+    report = RobustnessReport.load(path.with_name("report.json"))
+    assert str(report) in printed
+    assert len(report) == 12
+    assert report.columns == ("clean", "FGSM", "PGD-20", "CW-inf", "worst case")
+    assert report["clean"].average > 0.34  # three classes, one colour each
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_a_resumed_run_is_the_undisturbed_one(preset, images, teacher, tmp_path)
     resume = ["--resume", tmp_path / "checkpoint.pt"]
     resumed = ferd(images, teacher, *common, "--out", tmp_path, *resume)
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("|") > 8
+    assert [len(row) for row in table_rows(resumed)] == [16, 16]
     straight = ferd(images, teacher, *common, "--out", tmp_path / "straight")
     assert straight.returncode == 0, straight.stderr
     ours, theirs = student(tmp_path), student(tmp_path / "straight")
@@ -225,6 +237,7 @@ def test_wrong_input_gets_one_sentence_and_nothing_is_written(images, teacher, t
         "half a checkpoint": (["--resume", truncated], "a complete checkpoint"),
         "grey teacher": (["--teacher", grey], "channels"),
         "no test images": (["--test-images", "0"], "1..12 images, got 0"),
+        "no radius": (["--eps", "0"], "`eps`"),
         "no checkpoints": (["--checkpoint-every", "0"], "at least 1, got 0"),
         "half a normalisation": (["--teacher-mean", "0.5", "0.5", "0.5"], "--teacher-std together"),
     }

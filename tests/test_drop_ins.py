@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from ferdlib import losses
+from ferdlib.attacks import fgsm
 from ferdlib.bottleneck import split_at
 from ferdlib.metrics import nsd
 from ferdlib.reweight import ClassWeights, lps_power, normalize
@@ -202,6 +204,27 @@ def test_foreign_teachers_are_cut_normalised_and_left_alone(capsys):
         steps = [v for k, v in trainer.student.state_dict().items() if "num_batches" in k]
         assert set(map(int, steps)) == {4}  # two steps, images and examples
     assert capsys.readouterr().out.count("images of 32x32") == 2
+
+
+def test_a_timm_model_is_evaluated_in_the_units_of_its_images(capsys):
+    module = load("evaluate_timm")
+    model, data, report = module.main()
+    x, y = data.dataset.tensors
+    inputs = timm.data.resolve_model_data_config(model.model)
+    mean, std = (torch.tensor(inputs[name])[:, None, None] for name in ("mean", "std"))
+    model.eval()
+    with torch.no_grad():
+        clean = model.model((x - mean) / std).argmax(dim=1)
+    assert torch.equal(report.predictions["clean"], clean)
+    x_adv = fgsm(model, x, y, eps=8 / 255)
+    with torch.no_grad():
+        attacked = model(x_adv).argmax(dim=1)
+    assert torch.equal(report.predictions["FGSM"], attacked)
+    assert (attacked != clean).any()
+    assert report.class_names == ("red", "green", "blue")
+    printed = capsys.readouterr().out
+    assert str(report) in printed
+    assert f"under PGD-10: average {report['PGD-10'].average:.1%}" in printed
 
 
 DISTRIBUTED = re.compile(
