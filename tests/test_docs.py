@@ -21,6 +21,8 @@ MODULES = ["ferdlib", *(m.name for m in pkgutil.walk_packages(ferdlib.__path__, 
 PUBLIC_MODULES = [m for m in MODULES if m.count(".") == 1 and "._" not in m]
 # Protocols, and what something else returns: their examples are those of what uses or makes them.
 WITHOUT_EXAMPLE = {"AutoAttackResult", "EpochStats", "Method", "Source"}
+WITHOUT_EXAMPLE |= {"Adversarial", "Distilled", "Fair"}  # their subclasses have some
+WITHOUT_EXAMPLE |= {"Comparison", "PairedTest", "RobustnessReport"}
 WITHOUT_EXAMPLE |= {"MobileNetV2", "PreActResNet", "SmallCNN", "WideResNet"}
 BLOCK = re.compile(
     r"(?:<!--\s*not run:(?P<reason>.*?)-->\s*)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```$",
