@@ -95,7 +95,9 @@ def test_recipes():
         assert recipe("trades", preset).epochs == 76
         assert rates("adaad", preset, 99, 100, 150) == [0.1, 0.01, 0.001]
         assert (recipe("adaad", preset).epochs, recipe("adaad", preset).weight_decay) == (200, 5e-4)
-    decays = {recipe(*each).weight_decay for each in EVERY if each[0] != "adaad"}
+    strong = ("adaad", "sat")  # SAT as AdaAD's authors trained it
+    assert recipe("sat").weight_decay == 5e-4
+    decays = {recipe(*each).weight_decay for each in EVERY if each[0] not in strong}
     assert decays == {2e-4}
     nesterov = {name for name, preset in EVERY if recipe(name, preset).nesterov}
     assert nesterov == {"fair-ard", "fair-iad", "fair-rslad", "fair-mtard"}
