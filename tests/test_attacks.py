@@ -258,7 +258,13 @@ DEFAULTS = {
     cw_linf: STEPS | {"steps": 20, "confidence": 50.0},
     utae_pgd: STEPS | {"reference_logits": None, "gamma": 0.5, "random_start": "normal"},
     least_pgd_steps: STEPS | {"labels": None, "count": "first", "loss": losses.cross_entropy},
-    autoattack: {"eps": 8 / 255, "version": "standard", "batch_size": 250, "seed": 0},
+    autoattack: {
+        "eps": 8 / 255,
+        "version": "standard",
+        "batch_size": 250,
+        "seed": 0,
+        "on_batch": None,
+    },
 }
 
 

@@ -208,9 +208,9 @@ def nsd_interval(
     lie above the upper limit where the classes hardly differ.
 
     Simulated coverage at 95 %, for 10 and 100 classes of 54 to 1000 samples: 93 to 97 % where the
-    classes differ by more than their sampling noise, and 95 to 99.6 % where they differ by less or
-    not at all: there the lower limit is 0, and the upper one says more of the noise than of the
-    classes. Percentiles of the plain NSD cover 0 to 95 %, and the same mirrored 0 to 95 %.
+    differences of the classes stand out from the noise, and up to 99.6 % where they do not. There
+    the lower limit is 0, and the upper one says more of the noise than of the classes. Percentiles
+    of the plain NSD, as they are or mirrored, cover anything from 0 to 95 %.
 
     Args, Returns, Raises: as for `average_interval`; `ddof` is an int >= 0, as for `metrics.nsd`.
     The result is `nan` also if no sample was classified right, or if no more than `ddof` classes
