@@ -151,7 +151,7 @@ def train(run: Run, data: Data) -> Iterator[Epoch]:
         run.schedule.step()
         if hasattr(method, "validate"):
             parts = torch.arange(len(data.val)).split(args.batch_size)
-            method.validate(student, (data.train.batch(part, args.device) for part in parts))
+            method.validate(student, (data.val.batch(part, args.device) for part in parts))
         method.end_epoch()
         run.epoch += 1
         mean = float(total) / steps

@@ -125,14 +125,10 @@ def _walk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First misclassified iterate (steps + 1 if none), the class found there, and that of the last one."""
     steps = spec.steps or 0
-    first = torch.full_like(y, steps + 1)
-    at_first = y.clone()
+    path = y.new_empty(steps + 1, len(y))  # the class of each iterate, read once at the end
 
-    def look(step: int, found: Tensor) -> None:
-        nonlocal first, at_first
-        new = (found != y) & (first > steps)
-        first = torch.where(new, step, first)
-        at_first = torch.where(new, found, at_first)
+    def watch(step: int, _: Tensor, logits: Any) -> None:
+        torch.argmax(setting.shaped(logits, len(y)), dim=1, out=path[step])
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         if spec.kind == "cw":
@@ -152,11 +148,13 @@ def _walk(
         bounds=setting.bounds,
         train_mode=False,
         rng=None,
-        on_step=lambda step, _, logits: look(step, setting.shaped(logits, len(y)).argmax(dim=1)),
+        on_step=watch,
     )
-    last = setting.classes(x_adv)
-    look(steps, last)
-    return first, at_first, last
+    path[steps] = setting.classes(x_adv)
+    wrong = path != y
+    at = wrong.int().argmax(dim=0)  # of several largest the first
+    first = torch.where(wrong.any(dim=0), at, steps + 1)
+    return first, path.gather(0, at[None]).squeeze(0), path[steps]
 
 
 def starts(spec: AttackSpec, seed: int, restart: int, index: Tensor, x: Tensor) -> Tensor | None:
