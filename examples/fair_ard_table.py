@@ -68,7 +68,7 @@ class Args:
     """Channels of the students' first layer, others have twice as many."""
     teacher_width: int = 40
     """The same of the teachers."""
-    epochs: int = 40
+    epochs: int = 80
     """Of the students; all dates of the papers' schedules move in proportion."""
     teacher_epochs: int = 40
     """Of the teachers."""
@@ -298,10 +298,9 @@ def draw(reports: Reports, args: Args, path: Path) -> None:
                 around = found.std(dim=0)
                 ends[name] = torch.stack([mean - around, mean + around], dim=1).clamp(0, 1)
         plot_classes(accuracies, intervals=ends or None, ylabel="PGD-20 accuracy (%)", ax=ax)
-    bars = ", ± standard deviation" if len(args.seeds) > 1 else ""
-    figure.suptitle(
-        f"L-inf eps {args.eps:g}, mean over seeds {', '.join(map(str, args.seeds))}{bars}"
-    )
+    seeds = ", ".join(map(str, args.seeds))
+    what = f"mean ± standard deviation, seeds {seeds}" if len(args.seeds) > 1 else f"seed {seeds}"
+    figure.suptitle(f"L-inf eps {args.eps:g}, {what}")
     figure.savefig(path, dpi=150)
 
 
