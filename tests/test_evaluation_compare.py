@@ -268,6 +268,7 @@ def test_only_the_same_samples_can_be_paired():
         replace(made, targets=made.targets.flip(0)),
         replace(grouped, groups=1 - grouped.groups),
         with_accuracies(per_class=20, clean=(1.0, 0.8), PGD=(0.6, 0.4)),
+        replace(made, manifest={"data": {"fingerprint": "of other images"}}),
     ):
         comparison = compare({"a": made, "b": other})
         with pytest.raises(

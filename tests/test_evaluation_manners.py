@@ -277,3 +277,5 @@ def test_progress_is_shown_on_request(capfd):
     assert "12/12" in last
     worst = f"worst class {100 * found.worst_class:.1f} % ({found.worst_name})"
     assert f"worst case {100 * found.average:.1f} %, {worst}" in last
+    run(progress="the student")
+    assert "the student: 100%" in capfd.readouterr().err

@@ -77,7 +77,9 @@ def test_figures_are_those_of_sklearn_and_numpy(num_classes, absent):
     right = np.all([(p == targets).numpy() for p in drawn.values()], axis=0)
     first = np.select([(p != targets).numpy() for p in drawn.values()], list(drawn.values()), y)
     expected = {name: p.numpy() for name, p in drawn.items()} | {"worst case": first}
-    assert made.columns == tuple(expected)
+    assert made.columns == tuple(made) == tuple(expected)
+    assert "worst case" in made
+    assert "PGD-7" not in made
     labels = np.arange(num_classes)
     for name, predicted in expected.items():
         found = made[name]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from ferdlib.evaluation import AttackSpec, Protocol, evaluate, merge
 from ferdlib.evaluation.data import Stream
+from ferdlib.evaluation.noise import _GAMMA, splitmix
 
 
 def pixels(*values):
@@ -184,6 +185,18 @@ def starts(start, *, seed=0, restarts=1, batch_size=50, indices=None):
 
 def one(x):
     return 1 + 0 * x[:, 0, 0, 0]
+
+
+def test_noise_is_splitmix64():
+    """The first outputs of the state 1234567, as Rosetta Code lists them."""
+    states = torch.full((5,), 1234567) + torch.arange(1, 6) * _GAMMA
+    assert [value % 2**64 for value in splitmix(states).tolist()] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
 
 
 def test_starts_have_their_distribution_and_belong_to_a_sample():

@@ -8,9 +8,9 @@ import sys
 import ferdlib
 
 MODULES = (
-    "ferdlib, ferdlib.attacks, ferdlib.augment, ferdlib.bottleneck, ferdlib.losses, "
-    "ferdlib.methods, ferdlib.metrics, ferdlib.models, ferdlib.reweight, ferdlib.synthesis, "
-    "ferdlib.trainer"
+    "ferdlib, ferdlib.attacks, ferdlib.augment, ferdlib.bottleneck, ferdlib.evaluation, "
+    "ferdlib.losses, ferdlib.methods, ferdlib.metrics, ferdlib.models, ferdlib.plots, "
+    "ferdlib.reweight, ferdlib.synthesis, ferdlib.trainer"
 )
 LATE = {"matplotlib", "pyautoattack", "sklearn", "tensorboard", "torchvision", "tqdm", "tyro"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,19 @@ class RobustnessReport:
             return ()
         return tuple(f"{attack}/{stage}" for stage in self.stages[attack] if stage != "clean")
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __contains__(self, column: object) -> bool:
+        return column in self._known
+
+    @property
+    def _known(self) -> tuple[str, ...]:
+        members = (m for attack in self.predictions for m in self.members(attack))
+        return (*self.columns, *members)
+
     def __getitem__(self, column: str) -> AttackResult:
-        known = [*self.columns, *(m for attack in self.predictions for m in self.members(attack))]
-        _checks.choice("RobustnessReport", "column", column, known)
+        _checks.choice("RobustnessReport", "column", column, self._known)
         return AttackResult.of(
             column,
             self._predictions(column),
