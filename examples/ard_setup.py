@@ -195,6 +195,8 @@ def probe(run: Run, data: Data) -> None:
     """Two images and the end of an epoch, which complain of settings and teachers that do not fit."""
     x, y = data.train.batch(slice(0, 2), run.args.device)
     run.method.loss(run.student, x, run.method.attack(run.student, x, y), y)
+    if hasattr(run.method, "validate"):
+        run.method.validate(run.student, [(x, y)])
     run.method.end_epoch()
 
 

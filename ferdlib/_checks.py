@@ -17,7 +17,7 @@ def got(value: Any) -> str:
     """What came, in a few words: a tensor by dtype and shape, anything else by type and value."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

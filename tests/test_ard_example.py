@@ -169,7 +169,7 @@ def test_methods_that_validate_see_the_images_held_out_once_an_epoch(
         x, y = zip(*batches, strict=True)
         seen.append((self.epoch, torch.cat(x), torch.cat(y)))
 
-    monkeypatch.setattr(METHODS["wat-ard"], "validate", watched)
+    monkeypatch.setattr(METHODS["wat-ard"], "measure", watched)
     list(script.train(begin(script, setup, data, "wat-ard"), data))
     assert [epoch for epoch, _, _ in seen] == [0, 1, 2]  # before end_epoch
     assert all(same((x, y), (data.val.pixels, data.val.labels)) for _, x, y in seen)

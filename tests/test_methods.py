@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ferdlib.attacks import pgd
-from ferdlib.methods import Method, create
+from ferdlib.methods import METHODS, Method, create
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -159,6 +159,8 @@ def test_leaves_no_trace(name, preset):
     assert bool(loss.isfinite().all())
     student.zero_grad()
     loss.mean().backward()
+    if hasattr(method, "validate"):
+        method.validate(student, [(x, y)])
     method.end_epoch()
     trained = [p for p in student.parameters() if p.requires_grad]
     assert sum(float(p.grad.abs().sum()) for p in trained) > 1e-6
@@ -269,15 +271,18 @@ def make_trainer(name):
     teacher, natural, student = (small_cnn(1, 3, width=w) for w in (4, 4, 2))
     given = {"teacher": teacher, "natural_teacher": natural}
     given = {key: given[key] for key in teachers(name)}
-    method = create(name, 3, random_start=None, eps=0.1, step_size=0.05, steps=3, **given)
-    return FERDTrainer(teacher, student, config=FERDConfig(**TINY), method=method), given
+    method = create(name, 3, eps=0.1, step_size=0.05, steps=3, **given)
+    x = torch.rand(18, 1, 8, 8)
+    validation = [(x[:9], torch.arange(9) % 3), (x[9:], torch.arange(9) % 3)]
+    held_out = {"validation": validation} if hasattr(method, "validate") else {}
+    config = FERDConfig(**TINY)
+    return FERDTrainer(teacher, student, config=config, method=method, **held_out), given
 
 
-@pytest.mark.parametrize(
-    "name", ["fair-rslad", "ard", "mtard", "trades", "bat", "absld", "cfa-ard"]
-)
+@pytest.mark.parametrize("name", list(METHODS))
 def test_in_the_trainer(name):
     trainer, given = make_trainer(name)
+    global_state = torch.get_rng_state()
     before = [buffers(m) for m in given.values()]
     stats, state = [], None
     for s in trainer.epochs():
@@ -291,5 +296,9 @@ def test_in_the_trainer(name):
     again.fit()
     found = [list(t.student.state_dict().values()) for t in (trainer, again)]
     assert same(*found)
+    # `create` was given no generator: the noise is the trainer's all the same
+    assert torch.equal(torch.get_rng_state(), global_state)
+    if name == "wat-ard":
+        assert trainer.method.hedge.average_weight != 1.0
     if name == "fair-rslad":
         assert not torch.equal(trainer.method.class_weights.weights, torch.ones(3).double())

@@ -153,6 +153,26 @@ def test_validate_leaves_no_trace(name, train_mode):
     assert all(same(a, b) for a, b in zip(images, batches, strict=True))
 
 
+@pytest.mark.parametrize("name", ["frl-ard", "wat-ard"])
+def test_an_epoch_that_was_not_validated_is_not_ended(name):
+    """Without it, these methods would be plain ARD."""
+    method, student = make(name), model()
+    for epoch in range(2):
+        step(method, student, epoch)
+        with pytest.raises(RuntimeError, match=f"ARD.end_epoch: expected validate.* epoch {epoch}"):
+            method.end_epoch()
+        method.validate(student, [batch(90), batch(91)])
+        method.end_epoch()
+        assert method.epoch == epoch + 1
+
+
+def test_gair_wants_its_own_attack():
+    method, student = make("gair-ard", begin=0), model()
+    x, y = batch(0)
+    with pytest.raises(RuntimeError, match=r"^GAIRARD.loss: expected examples of its own attack"):
+        method.loss(student, x, x, y)
+
+
 @pytest.mark.parametrize("train_mode", [False, True])
 def test_wat_hedges_with_the_summed_losses(train_mode):
     """Of K + 1 experts, each class's loss and their average, on balanced held-out data."""
@@ -346,3 +366,19 @@ def test_absld_tempers_the_teacher_by_class(preset):
     assert not np.allclose(adv_tau, clean_tau, rtol=0.02)
     assert np.ptp(adv_tau) > 0.3
     assert torch.equal(TEACHER(x), teachers("absld")["teacher"](x))
+
+
+def test_dafa_weights_that_are_refused_leave_the_epoch_open():
+    method, student = make("dafa-ard", begin=1, strength=100.0), model()
+    with pytest.raises(ValueError, match="^DAFAARD: expected `begin` >= 1, got 0"):
+        make("dafa-ard", begin=0)
+    for seed in range(3):
+        step(method, student, seed)
+    with pytest.raises(ValueError, match="^confusion_weights: expected `strength` below"):
+        method.end_epoch()
+    assert method.epoch == 0
+    assert torch.equal(method.weights, torch.ones(K, dtype=torch.float64))
+    method.strength = 0.5
+    method.end_epoch()
+    assert method.epoch == 1
+    assert float(method.weights.std()) > 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from ferdlib import losses, reweight
 from ferdlib.attacks import pgd
-from ferdlib.methods import FERDDistillation, FrozenTeacher, Method
+from ferdlib.methods import FERDDistillation, FrozenTeacher, Method, create
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -407,6 +408,13 @@ def test_wrong_parts_get_one_clear_sentence():
             lambda: FERDTrainer(teacher, small_cnn(1, 4, width=2), config=config),
         ),
     ]
+    for name, given, came in (
+        ("frl-ard", {}, "to be batches for the method FRLARD, got none"),
+        ("ard", {"validation": []}, "to be none for the method ARD, got some"),
+    ):
+        parts = {"method": create(name, 3, teacher=teacher), **given}
+        call = partial(FERDTrainer, teacher, student, config=config, **parts)
+        cases.append((ValueError, f"`validation` {came}", call))
     for kind, words, call in cases:
         with pytest.raises(kind, match=f"^FERDTrainer: expected .*{words}"):
             call()

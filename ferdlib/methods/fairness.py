@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ferdlib import losses, metrics
+from ferdlib import _checks, losses, metrics
 from ferdlib._modes import borrowed
 from ferdlib.attacks import least_pgd_steps, pgd
 from ferdlib.methods.base import Batches
@@ -28,6 +28,30 @@ from ferdlib.reweight import (
     gairat,
     kl_ball,
 )
+
+
+class HeldOut(ARD):
+    """ARD with a rule that looks once per epoch at images that are not trained on."""
+
+    _validated = False
+
+    def validate(self, student: nn.Module, batches: Batches) -> None:
+        """Before `end_epoch`: measure the classes; the student is left as it was."""
+        self.measure(student, batches)
+        self._validated = True
+
+    def measure(self, student: nn.Module, batches: Batches) -> None:
+        """What `validate` does with the images."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a subclass that measures")
+
+    def end_epoch(self) -> None:
+        if not self._validated:
+            raise RuntimeError(
+                f"{type(self).__name__}.end_epoch: expected validate(student, batches) on held-out images "
+                f"before it, got none in epoch {self.epoch}"
+            )
+        self._validated = False
+        super().end_epoch()
 
 
 @dataclass(kw_only=True)
@@ -46,6 +70,7 @@ class GAIRARD(ARD):
 
     shift: float = -1.0
     begin: int = 60
+    withstood: Tensor | None = field(default=None, init=False, repr=False)
 
     def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         arguments = self.ascent(student, x, y)
@@ -56,11 +81,13 @@ class GAIRARD(ARD):
         plain = super().loss(student, x, x_adv, y)
         if self.epoch < self.begin:
             return plain
+        if self.withstood is None:
+            raise RuntimeError("GAIRARD.loss: expected examples of its own attack, got others")
         return gairat(self.withstood, self.steps, shift=self.shift).to(plain) * plain
 
 
 @dataclass(kw_only=True)
-class FRLARD(ARD):
+class FRLARD(HeldOut):
     """FRL on ARD: Lagrange multipliers for each class's natural and boundary error (`reweight.FRLWeights`).
 
     The robust error that ARD's loss stands for is the sum of the two, so its weight is their mean. With
@@ -68,7 +95,7 @@ class FRLARD(ARD):
     once per epoch, with PGD-20.
 
     Attributes:
-        slack: both errors may exceed their mean by so much.
+        slack: both errors may exceed their mean by so much; FRL's code has 0.07 with `remargin`.
         remargin: also change the radii.
 
     Example:
@@ -103,8 +130,8 @@ class FRLARD(ARD):
         weights = (self.multipliers.clean_weights + self.multipliers.boundary_weights) / 2
         return weights.to(plain)[y] * plain
 
-    def validate(self, student: nn.Module, batches: Batches) -> None:
-        """Before `end_epoch`: both errors of each class on images that are not trained on."""
+    def measure(self, student: nn.Module, batches: Batches) -> None:
+        """Both errors of each class."""
         attack = partial(pgd, eps=self.eps, step_size=self.step_size, steps=20, rng=self.rng)
         counts = torch.zeros(2, self.num_classes, self.num_classes, dtype=torch.int64)
         with torch.no_grad(), borrowed(student):
@@ -236,7 +263,7 @@ class DAFAARD(ARD):
 
     Attributes:
         strength: lambda; 1.5 for CIFAR-100 in the paper.
-        begin: epochs before.
+        begin: epochs before, at least 1.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -249,6 +276,7 @@ class DAFAARD(ARD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _checks.integer("DAFAARD", "begin", self.begin, low=1)
         k = self.num_classes
         self.weights = torch.ones(k, dtype=torch.float64)
         self.sums = torch.zeros(k, k, dtype=torch.float64)
@@ -266,10 +294,11 @@ class DAFAARD(ARD):
         return self.weights.to(plain)[y] * plain
 
     def end_epoch(self) -> None:
-        super().end_epoch()
-        if self.epoch == self.begin:
+        # The weights first: where `confusion_weights` refuses, the epoch can be ended with another strength.
+        if self.epoch == self.begin - 1:
             p = (self.sums / self.sums.sum(dim=1, keepdim=True)).cpu()
             self.weights = confusion_weights(p, strength=self.strength)
+        super().end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"weights": self.weights.clone(), "sums": self.sums.clone()}
@@ -281,7 +310,7 @@ class DAFAARD(ARD):
 
 
 @dataclass(kw_only=True)
-class WATARD(ARD):
+class WATARD(HeldOut):
     """WAT on ARD: the hedge algorithm over the classes and their average (`reweight.HedgeWeights`).
 
     The experts' losses are ARD's own on images that are not trained on, measured by `validate` once per
@@ -309,8 +338,8 @@ class WATARD(ARD):
         plain = super().loss(student, x, x_adv, y)
         return (self.hedge.class_weights.to(plain)[y] + self.hedge.average_weight) * plain
 
-    def validate(self, student: nn.Module, batches: Batches) -> None:
-        """Before `end_epoch`: each class's loss on images that are not trained on."""
+    def measure(self, student: nn.Module, batches: Batches) -> None:
+        """Each class's loss."""
         means = ClassMean(self.num_classes)
         with borrowed(student):
             for x, y in batches:

@@ -73,8 +73,10 @@ class FERDTrainer:
         generator: codes to images; None makes a `synthesis.Generator` of the config's shape.
         config: the settings.
         source: makes images, instead of FERD's inversion.
-        method: attack and loss, instead of FERD's.
-        attack: called as `attack(student, x, y)`, instead of the method's.
+        method: attack and loss, instead of FERD's. If it has an `rng` that is None, the trainer's is set.
+        attack: called as `attack(student, x, y)`, instead of the method's; where that is what a
+            method learns from (the Fair- ones, GAIRAT), it must be called in it.
+        validation: batches `(x, y)` of held-out images, iterated once per epoch, for methods that `validate`.
         reweight: class means of the margin `(K,)` to class probabilities `(K,)`, instead of the config's rule.
         student_optimizer: makes the student's optimizer from its parameters, instead of the config's SGD.
         generator_optimizer: makes the generator's from parameter groups at every epoch, instead of Adam.
@@ -89,7 +91,8 @@ class FERDTrainer:
     Raises:
         TypeError: models that are not modules, or a config of another type.
         ValueError: a teacher that is the student or shares weights with it, models whose logits do not
-            fit the config, a layer that cannot be cut.
+            fit the config, a layer that cannot be cut; `validation` for a method without use for it, or none
+            for one with.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -111,6 +114,7 @@ class FERDTrainer:
         source: Source | None = None,
         method: Method | None = None,
         attack: AttackStep | None = None,
+        validation: Iterable[tuple[Tensor, Tensor]] | None = None,
         reweight: Rule | None = None,
         student_optimizer: StudentOptimizer | None = None,
         generator_optimizer: OptimizerFactory | None = None,
@@ -134,6 +138,10 @@ class FERDTrainer:
         self.source: Source = source
         self.generator = generator
         self.method: Method = method or parts.distillation(config, teacher, self._rng)
+        parts.check_method(self.method, validation)
+        if getattr(self.method, "rng", self._rng) is None:
+            self.method.rng = self._rng  # type: ignore[attr-defined]
+        self._validation = validation
         self._attack = attack or self.method.attack
         self._rule = reweight or parts.rule(config)
         self._augment = parts.augmentation(config, self._rng)
@@ -306,6 +314,9 @@ class FERDTrainer:
                 f"lower `student_lr`"
             )
         if not warmup:  # the method has seen nothing of a warm-up epoch
+            if self._validation is not None:
+                batches = ((x.to(self.device), y.to(self.device)) for x, y in self._validation)
+                self.method.validate(self.student, batches)
             self.method.end_epoch()
         self.epoch += 1
         stats = EpochStats(

@@ -14,7 +14,7 @@ from ferdlib import _checks, losses, reweight
 from ferdlib._modes import borrowed
 from ferdlib.augment import crop_flip
 from ferdlib.bottleneck import split_at
-from ferdlib.methods import FERDDistillation
+from ferdlib.methods import FERDDistillation, Method
 from ferdlib.synthesis import Generator, Inversion
 from ferdlib.synthesis.inversion import OptimizerFactory
 from ferdlib.trainer.config import FERDConfig
@@ -157,6 +157,15 @@ def check_models(teacher: Any, student: Any, config: Any) -> None:
         raise ValueError(
             "FERDTrainer: expected `teacher` and `student` without common parameters, got models that "
             "share some; the student is trained in place, so copy it first"
+        )
+
+
+def check_method(method: Method, validation: object) -> None:
+    if hasattr(method, "validate") != (validation is not None):
+        expected, came = ("none", "some") if validation is not None else ("batches", "none")
+        raise ValueError(
+            f"FERDTrainer: expected `validation` to be {expected} for the method "
+            f"{type(method).__name__}, got {came}"
         )
 
 
