@@ -253,11 +253,12 @@ def test_more_work_is_a_stronger_attack(digits):
 RADII = {"eps": 8 / 255, "bounds": (0.0, 1.0), "train_mode": False, "rng": None}
 STEPS = RADII | {"step_size": 2 / 255, "steps": 10, "random_start": "uniform", "on_step": None}
 DEFAULTS = {
-    pgd: STEPS | {"loss": losses.cross_entropy},
+    pgd: STEPS | {"loss": losses.cross_entropy, "early_stop": False},
     fgsm: RADII | {"random_start": None, "loss": losses.cross_entropy, "on_step": None},
-    cw_linf: STEPS | {"steps": 20, "confidence": 50.0},
+    cw_linf: STEPS | {"steps": 20, "confidence": 50.0, "early_stop": False},
     utae_pgd: STEPS | {"reference_logits": None, "gamma": 0.5, "random_start": "normal"},
-    least_pgd_steps: STEPS | {"labels": None, "count": "first", "loss": losses.cross_entropy},
+    least_pgd_steps: STEPS
+    | {"labels": None, "count": "first", "loss": losses.cross_entropy, "early_stop": False},
     autoattack: {
         "eps": 8 / 255,
         "version": "standard",

@@ -16,6 +16,8 @@ from ferdlib.losses import cross_entropy
 Model = Callable[[Tensor], Any]
 Loss = Callable[[Any, Any], Tensor]
 OnStep = Callable[[int, Tensor, Any], None]
+# The step, which samples are still attacked (indices into the batch), their logits -> which of them are done.
+Settled = Callable[[int, Tensor, Any], Tensor]
 RandomStart = Literal["uniform", "normal"] | Tensor | None
 
 NORMAL_START_SCALE = 0.001
@@ -35,14 +37,17 @@ def pgd(
     train_mode: bool = False,
     rng: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    early_stop: bool = False,
 ) -> Tensor:
     r"""Projected gradient ascent on `loss` in an L-infinity ball (Madry et al. 2018; Fair-ARD Eq. 5).
 
     $$x^{(t+1)} = \Pi_{B_\epsilon(x) \cap [lo, hi]}\left(x^{(t)}
       + \alpha \, \mathrm{sign} \nabla_{x^{(t)}} \ell(f(x^{(t)}), y)\right)$$
 
-    The last iterate is returned, after exactly `steps` forward and input-gradient passes. The model
-    runs in eval mode and is given back as it was; works under `torch.no_grad`, autocast and
+    The last iterate is returned, after exactly `steps` forward and input-gradient passes; with
+    `early_stop` the first one that is misclassified, and no work is done on a sample after it. Then a
+    sample is robust to the attack at *any* of x^(0)..x^(K) if what is returned is classified correctly.
+    The model runs in eval mode and is given back as it was; works under `torch.no_grad`, autocast and
     `torch.inference_mode`. A callable that is not an `nn.Module` (a lambda around one, say) is run as it
     is: its modes are the caller's business.
 
@@ -64,7 +69,10 @@ def pgd(
             uses batch statistics, and its running statistics move.
         rng: source of the start's noise, drawn on its own device; None takes torch's default
             generator. With a generator, the global random state is neither read nor advanced.
-        on_step: called as `on_step(step, x_adv, logits)` with detached tensors before each update.
+        on_step: called as `on_step(step, x_adv, logits)` with detached tensors before each update; with
+            `early_stop`, with the samples that are still attacked.
+        early_stop: leave out what is misclassified already; `targets` must be labels then, and the model
+            return logits. Exact, as far as rounding does not depend on the size of a batch.
 
     Returns:
         Adversarial images like `x` (shape, dtype, device), detached, inside ball and bounds. They are
@@ -73,7 +81,8 @@ def pgd(
     Raises:
         TypeError: `x` is not a float tensor, or an argument has the wrong type.
         ValueError: a wrong shape, images outside the bounds or not finite, a negative radius or step,
-            an unknown start, or a loss that does not depend on the images.
+            an unknown start, a loss that does not depend on the images, or `early_stop` with
+            `train_mode` (fewer samples are another batch to BatchNorm) or without labels.
         RuntimeError: loss or gradient became NaN or infinite during the attack.
 
     Example:
@@ -97,7 +106,28 @@ def pgd(
         train_mode=train_mode,
         rng=rng,
         on_step=on_step,
+        settled=misclassified("pgd", targets, train_mode) if early_stop else None,
     )
+
+
+def misclassified(function: str, labels: Tensor, train_mode: bool) -> Settled:
+    """A sample is done as soon as it is misclassified."""
+    check_early_stop(function, train_mode)
+    _checks.labels(function, labels)
+
+    def settled(step: int, index: Tensor, logits: Any) -> Tensor:
+        z = _checks.logits(function, logits, argument="model(x)")
+        return z.argmax(dim=1) != labels[index]
+
+    return settled
+
+
+def check_early_stop(function: str, train_mode: bool) -> None:
+    if train_mode:
+        raise ValueError(
+            f"{function}: expected no `early_stop` with `train_mode`, where each sample's logits depend on "
+            f"the whole batch, got both"
+        )
 
 
 def ascend(
@@ -115,10 +145,14 @@ def ascend(
     train_mode: bool,
     rng: torch.Generator | None,
     on_step: OnStep | None,
+    settled: Settled | None = None,
 ) -> Tensor:
-    """`pgd` under the name of the public function that errors shall start with."""
-    low, high = checked_bounds(function, bounds)
-    _checks.images(function, x, bounds=(low, high))
+    """`pgd` under the name of the public function that errors shall start with.
+
+    Samples that are `settled` by their logits stay as they are, and leave the batch.
+    """
+    bounds = checked_bounds(function, bounds)
+    _checks.images(function, x, bounds=bounds)
     _checks.tensor(function, "targets", targets)
     if targets.ndim == 0 or targets.shape[0] != x.shape[0]:
         raise ValueError(
@@ -141,20 +175,17 @@ def ascend(
                 radius,
             )
 
-        def project(adv: Tensor) -> Tensor:
-            offset = adv - origin
-            if isinstance(radius, float):
-                offset = offset.clamp(-radius, radius)
-            else:
-                offset = torch.minimum(torch.maximum(offset, -radius), radius)
-            return (origin + offset).clamp(low, high)
-
-        adv = project(origin + _start(function, origin, radius, random_start, rng))
-        health = origin.new_zeros(())
+        adv = _projected(
+            origin + _start(function, origin, radius, random_start, rng), origin, radius, bounds
+        )
+        # What is still attacked: which samples, and what belongs to each of them.
+        index = torch.arange(len(x), device=x.device)
+        here, aims, reach, pace = origin, targets, radius, step_length
+        result, health = adv, origin.new_zeros(())
         for step in range(steps):
             adv.requires_grad_()
             output = model(adv.to(x.dtype))
-            values = _values(function, loss, output, targets)
+            values = _values(function, loss, output, aims)
             # A sum in half precision would underflow or overflow; the sign of its gradient is all we use.
             total = values.to(torch.promote_types(values.dtype, torch.float32)).sum()
             if not total.requires_grad:
@@ -164,17 +195,41 @@ def ascend(
                 )
             (gradient,) = torch.autograd.grad(total, adv)
             adv = adv.detach()
+            logits = output.detach() if isinstance(output, Tensor) else output
             if on_step is not None:
-                on_step(step, adv, output.detach() if isinstance(output, Tensor) else output)
+                on_step(step, adv, logits)
             # sign(NaN) is 0 in torch: without this sum a broken model would pass for a robust one.
             health = health + total.detach() + gradient.sum()
-            adv = project(adv + step_length * gradient.sign())
+            moved = _projected(adv + pace * gradient.sign(), here, reach, bounds)
+            if settled is not None:
+                done = settled(step, index, logits)
+                if bool(done.any()):
+                    result = result.index_put((index[done],), adv[done])
+                    stay = ~done
+                    index, moved, here, aims = index[stay], moved[stay], here[stay], aims[stay]
+                    reach, pace = (v[stay] if isinstance(v, Tensor) else v for v in (reach, pace))
+                if len(index) == 0:
+                    break
+            adv = moved
+        if settled is not None:
+            adv = result.index_put((index,), adv) if len(index) else result
         if not bool(health.isfinite()):
             raise RuntimeError(
                 f"{function}: expected finite losses and gradients, got NaN or infinity during the "
                 f"attack; look at the model's logits on these images"
             )
-        return rounded_inside(adv, x, radius, (low, high))
+        return rounded_inside(adv, x, radius, bounds)
+
+
+def _projected(
+    adv: Tensor, origin: Tensor, radius: float | Tensor, bounds: tuple[float, float]
+) -> Tensor:
+    offset = adv - origin
+    if isinstance(radius, float):
+        offset = offset.clamp(-radius, radius)
+    else:
+        offset = torch.minimum(torch.maximum(offset, -radius), radius)
+    return (origin + offset).clamp(*bounds)
 
 
 def _values(function: str, loss: Loss, output: Any, targets: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._modes import borrowed
-from ferdlib.attacks.engine import Loss, Model, OnStep, RandomStart, ascend
+from ferdlib.attacks.engine import (
+    Loss,
+    Model,
+    OnStep,
+    RandomStart,
+    ascend,
+    check_early_stop,
+    misclassified,
+)
 from ferdlib.losses import cross_entropy, cw_margin, distillation, uniformity
 
 
@@ -77,6 +85,7 @@ def cw_linf(
     train_mode: bool = False,
     rng: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    early_stop: bool = False,
 ) -> Tensor:
     r"""CW-inf as the distillation papers use it: PGD on the Carlini-Wagner margin, `losses.cw_margin`.
 
@@ -85,8 +94,8 @@ def cw_linf(
 
     Args:
         confidence: $\kappa \ge 0$; the attack gains until the best other logit leads by it.
-        model, x, targets, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step: as in
-            `pgd`; targets are labels.
+        model, x, targets, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step, early_stop:
+            as in `pgd`; targets are labels.
 
     Returns:
         Adversarial images like `x`, detached.
@@ -120,6 +129,7 @@ def cw_linf(
         train_mode=train_mode,
         rng=rng,
         on_step=on_step,
+        settled=misclassified("cw_linf", targets, train_mode) if early_stop else None,
     )
 
 
@@ -213,6 +223,7 @@ def least_pgd_steps(
     train_mode: bool = False,
     rng: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    early_stop: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""PGD that counts its least number of steps to fool the model (Fair-ARD Eq. 5, FERD Eq. 24).
 
@@ -229,6 +240,8 @@ def least_pgd_steps(
             are still classified correctly, as Fair-ARD's release and GAIRAT count. They differ only
             where an iterate crosses back.
         steps: K >= 1.
+        early_stop: leave a sample out after its first crossing, which is what is returned then: for the count
+            alone, at less than the attack's price. Not for "correct", which goes on counting.
         model, x, targets, loss, eps, step_size, random_start, bounds, train_mode, rng, on_step: as in
             `pgd`; the model returns logits `(N, K)`.
 
@@ -237,7 +250,7 @@ def least_pgd_steps(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `pgd`; ValueError if `targets` are not labels and none
-            are given, or for an unknown count.
+            are given, for an unknown count, or for `early_stop` with "correct" or with `train_mode`.
 
     Example:
         >>> def model(x):  # class 1 while the pixel is above 0.43
@@ -259,21 +272,36 @@ def least_pgd_steps(
         labels = targets
     _checks.images(function, x)
     truth = _checks.labels(function, labels, length=x.shape[0], argument=argument)
-    # Notation: alive, which samples have not been wrong so far; counts, the statistic d.
-    counts = torch.zeros_like(truth)
-    alive = torch.ones_like(truth, dtype=torch.bool)
+    if early_stop and count == "correct":
+        raise ValueError(
+            f"{function}: expected no `early_stop` with `count` 'correct', which goes on after the first "
+            f"crossing, got both"
+        )
+    if early_stop:
+        check_early_stop(function, train_mode)
+    # Notation: left, the samples still attacked; alive, which have not been wrong so far; counts, d.
+    with torch.inference_mode(
+        False
+    ):  # they are written to inside the attack, which runs without it
+        left = torch.arange(len(x), device=x.device)
+        counts = torch.zeros_like(left)
+        alive = torch.ones_like(left, dtype=torch.bool)
 
     def observe(step: int, x_adv: Tensor, logits: Any) -> None:
-        nonlocal alive, counts
         z = _checks.logits(function, logits, argument="model(x)")
         if step == 0:
             _checks.labels(function, truth, num_classes=z.shape[1], argument=argument)
-        correct = z.argmax(dim=1) == truth
+        correct = z.argmax(dim=1) == truth[left]
         if count == "first":
-            alive = correct = alive & correct
-        counts = counts + correct
+            alive[left] = correct = alive[left] & correct
+        counts[left] += correct
         if on_step is not None:
             on_step(step, x_adv, logits)
+
+    def settled(step: int, index: Tensor, logits: Any) -> Tensor:
+        nonlocal left
+        left = index[alive[index]]
+        return ~alive[index]
 
     x_adv = ascend(
         function,
@@ -289,5 +317,6 @@ def least_pgd_steps(
         train_mode=train_mode,
         rng=rng,
         on_step=observe,
+        settled=settled if early_stop else None,
     )
     return x_adv, counts
