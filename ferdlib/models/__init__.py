@@ -1,7 +1,8 @@
-"""Image classifiers for 8x8 to 64x64 inputs, the names of the layers that can be cut, and checkpoints."""
+"""Image classifiers for 8x8 to 64x64 inputs, where they can be cut, checkpoints, and fast copies."""
 
 from ferdlib.models.checkpoint import load_checkpoint, load_robustbench
 from ferdlib.models.cnn import SmallCNN, small_cnn
+from ferdlib.models.freeze import FrozenModel, freeze_for_attack
 from ferdlib.models.mobilenet import MobileNetV2, mobilenet_v2
 from ferdlib.models.normalized import Normalized
 from ferdlib.models.preact import (
@@ -15,12 +16,14 @@ from ferdlib.models.registry import create
 from ferdlib.models.resnet import resnet18, resnet34, resnet56
 
 __all__ = [
+    "FrozenModel",
     "MobileNetV2",
     "Normalized",
     "PreActResNet",
     "SmallCNN",
     "WideResNet",
     "create",
+    "freeze_for_attack",
     "load_checkpoint",
     "load_robustbench",
     "mobilenet_v2",

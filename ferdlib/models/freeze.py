@@ -1,0 +1,162 @@
+"""A fast copy of a model for attacks: evaluation mode for good, BatchNorm folded, channels-last."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ferdlib import _checks
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class FrozenModel(nn.Module):
+    """What `freeze_for_attack` returns: images to logits, in eval mode whatever is asked of it.
+
+    Attributes:
+        folded, kept: names of the BatchNorm layers that are now part of a convolution, and of those that
+            are left, because what precedes them is none or is used elsewhere too.
+
+    Raises:
+        RuntimeError: a forward with train mode forced upon it.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        folded: tuple[str, ...],
+        kept: tuple[str, ...],
+        channels_last: bool,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.folded, self.kept = folded, kept
+        self._format = torch.channels_last if channels_last else torch.preserve_format
+        self._autocast = autocast
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        """Stays in eval mode."""
+        super().train(False)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError(
+                "FrozenModel: expected eval mode, got train mode; attack the model itself with `train_mode`"
+            )
+        x = x.to(memory_format=self._format)
+        if self._autocast is None:
+            logits: Tensor = self.network(x)
+            return logits
+        with torch.autocast(x.device.type, dtype=self._autocast):
+            logits = self.network(x)
+        return logits.float()
+
+    def extra_repr(self) -> str:
+        return f"{len(self.folded)} of {len(self.folded) + len(self.kept)} BatchNorm layers folded"
+
+
+def freeze_for_attack(
+    model: nn.Module,
+    *,
+    fold_batchnorm: bool = True,
+    channels_last: bool = True,
+    compile: bool | str = False,
+    autocast: torch.dtype | None = None,
+) -> FrozenModel:
+    r"""A copy of a model that computes the same logits faster, for attacks and for frozen teachers.
+
+    Weights do not require gradients, and in eval mode a BatchNorm behind a convolution is one with it:
+
+    $$\gamma \frac{(w * x + b) - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta = w' * x + b', \quad
+      w' = \frac{\gamma}{\sqrt{\sigma^2 + \varepsilon}} w$$
+
+    The logits are those of the model in eval mode to about 1e-6 of their size in float32, so an attack may
+    step another way where a gradient is near zero. The model itself is left alone, and what happens to it
+    later does not reach the copy.
+
+    Args:
+        model: a module from images `(N, C, H, W)` to logits; for `fold_batchnorm` one that torch.fx can
+            trace. Layers with hooks or parametrizations are not folded.
+        fold_batchnorm: fold into the convolutions, computed in float64.
+        channels_last: convert weights and images to that memory format, which most convolutions like better.
+        compile: also `torch.compile`; a string is its mode, "reduce-overhead" captures CUDA graphs. The
+            first forwards of each shape are slow then.
+        autocast: torch.bfloat16 or torch.float16 runs the forward in it; logits are float32. Far from exact:
+            signs of gradients change.
+
+    Returns:
+        A `FrozenModel` on the model's device.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `fold_batchnorm` for a model that torch.fx cannot trace, or an unknown dtype.
+
+    Example:
+        >>> from ferdlib.models import small_cnn
+        >>> model = small_cnn(1, 3, width=4).eval()
+        >>> fast, x = freeze_for_attack(model), torch.rand(2, 1, 8, 8)
+        >>> torch.allclose(fast(x), model(x), atol=1e-5), len(fast.folded), len(fast.kept)
+        (True, 4, 0)
+    """
+    function = "freeze_for_attack"
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
+        )
+    _checks.choice(function, "autocast", autocast, (None, torch.bfloat16, torch.float16))
+    network: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    folded: tuple[str, ...] = ()
+    if fold_batchnorm:
+        try:
+            network = fx.symbolic_trace(network)
+        except Exception as error:  # whatever the model's own code makes of a proxy
+            raise ValueError(
+                f"{function}: expected `model` to be traceable by torch.fx, got a {type(model).__name__} with "
+                f"{type(error).__name__}: {' '.join(str(error).split())}; pass fold_batchnorm=False"
+            ) from error
+        folded = _fold(network)
+    kept = tuple(name for name, m in network.named_modules() if isinstance(m, _NORMS))
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if compile:
+        network = torch.compile(network, mode=compile if isinstance(compile, str) else None)
+    return FrozenModel(
+        network, folded=folded, kept=kept, channels_last=channels_last, autocast=autocast
+    )
+
+
+def _fold(network: fx.GraphModule) -> tuple[str, ...]:
+    """Fold every BatchNorm that alone reads a convolution of its own; their names."""
+    modules = dict(network.named_modules())
+    calls = Counter(
+        id(modules[str(n.target)]) for n in network.graph.nodes if n.op == "call_module"
+    )
+    folded = []
+    for node in list(network.graph.nodes):
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        conv, norm = modules[str(source.target)], modules[str(node.target)]
+        plain = type(conv) is nn.Conv2d and type(norm) in _NORMS
+        if not plain or norm.running_mean is None or calls[id(conv)] > 1 or calls[id(norm)] > 1:
+            continue
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):
+            continue
+        device, dtype = conv.weight.device, conv.weight.dtype
+        fused = fuse_conv_bn_eval(conv.cpu().double(), norm.cpu().double()).to(device, dtype)
+        network.set_submodule(str(source.target), fused.requires_grad_(False))
+        node.replace_all_uses_with(source)
+        network.graph.erase_node(node)
+        folded.append(str(node.target))
+    network.delete_all_unused_submodules()
+    network.recompile()
+    return tuple(folded)
