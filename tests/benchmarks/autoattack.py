@@ -1,0 +1,59 @@
+"""AutoAttack: ferdlib's run of the authors' attacks, and that of their own package."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor
+
+from ferdlib.attacks import autoattack, pgd
+from ferdlib.models import small_cnn
+
+from .harness import Goal, Group, Prepared, Settings
+from .problems import digits, train
+
+SAMPLES, BATCH_SIZE = 500, 250
+EPS, WIDTH, EPOCHS = 0.1, 16, 15
+
+OURS, OFFICIAL = "ferdlib autoattack", "pyautoattack"
+
+
+def prepare(settings: Settings) -> Prepared:
+    torch.manual_seed(settings.seed)
+    seen, held_out = digits(settings.seed, settings.device)
+    noise = settings.noise()
+    attack = partial(pgd, eps=EPS, step_size=EPS / 4, steps=7, rng=noise)
+    model = small_cnn(1, 10, width=WIDTH).to(settings.device)
+    model = train(model, seen, epochs=EPOCHS, rng=noise, attack=attack)
+    x, y = (tensor[:SAMPLES] for tensor in held_out)
+    theirs = copy.deepcopy(model)  # FAB leaves gradients in its weights
+
+    def ours() -> Tensor:
+        return autoattack(
+            model, x, y, num_classes=10, eps=EPS, batch_size=BATCH_SIZE, seed=settings.seed
+        ).robust
+
+    def official() -> Tensor:
+        suite = AutoAttack(theirs, device=x.device, eps=EPS, seed=settings.seed)
+        return suite.run_standard_evaluation(x, y, batch_size=BATCH_SIZE)[1] == y
+
+    return Prepared(competitors={OURS: ours, OFFICIAL: official}, check=check)
+
+
+def check(outcomes: dict[str, Tensor]) -> str:
+    robust = outcomes[OURS]
+    assert torch.equal(robust, outcomes[OFFICIAL]), f"{OURS} and {OFFICIAL} disagree"
+    return f"Both find the same {int(robust.sum())} of {len(robust)} digits robust."
+
+
+GROUP = Group(
+    about=(
+        f"AutoAttack, version standard, on {SAMPLES} held-out digits of 8x8 pixels, eps {EPS}, in batches of "
+        f"{BATCH_SIZE}; a small CNN of width {WIDTH} after {EPOCHS} epochs of adversarial training, float32."
+    ),
+    goals=(Goal(OFFICIAL, "/", OURS, ">=", 1.3),),
+    prepare=prepare,
+)
