@@ -6,7 +6,7 @@
 
 The tables are printed and written, with the report that `ferdlib.evaluation.RobustnessReport.load` reads, and
 figures. AutoAttack takes nearly a second per robust image and core on a CPU: `--without AutoAttack` for a
-look, `--resume` for a run that may be interrupted.
+look, `--fast` for a faster copy of the model, `--resume` for a run that may be interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
@@ -81,6 +81,8 @@ class Args:
     Papers: epsilon."""
     without: tuple[str, ...] = ()
     """Attacks of the protocol to leave out, such as AutoAttack."""
+    survivors: bool = False
+    """Run AutoAttack only on what withstood the attacks before it: its column is then the worst case."""
     seed: int = 0
     """Of the noise, and of the choice of --test-images."""
     sweep: tuple[float, ...] = ()
@@ -91,8 +93,10 @@ class Args:
     """A report.json of the same classes to compare with, and to test the difference if it has the same images."""
     figure_attack: str | None = None
     """Whose confusion matrix is drawn: an attack, clean, or "worst case"; None takes the last attack."""
-    batch_size: int = 128
-    """Images at a time; AutoAttack's are the protocol's."""
+    batch_size: int | Literal["auto"] = 128
+    """Images at a time, or auto for the fastest of 16 to 1024; AutoAttack's are the protocol's."""
+    fast: bool = False
+    """Attack a copy of the model that is faster and the same but for rounding."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     resume: bool = False
@@ -122,6 +126,7 @@ def prepare(args: Args) -> Work:
     protocol = PROTOCOLS[args.protocol].with_seed(args.seed)
     protocol = protocol if args.eps is None else protocol.at(eps=args.eps)
     protocol = protocol.without(*args.without)
+    protocol = protocol.on_survivors() if args.survivors else protocol
     pgd = PROTOCOLS["fair-ard"].without("FGSM", "CW-inf", "AutoAttack").with_seed(args.seed)
     sweep = {eps: pgd.at(eps=eps) for eps in sorted(set(args.sweep))}
     columns = ["clean", *(attack.name for attack in protocol.attacks), WORST_CASE]
@@ -179,6 +184,7 @@ def measure(work: Work, args: Args) -> tuple[RobustnessReport, Sweep]:
             num_classes=len(work.class_names),
             class_names=work.class_names,
             batch_size=args.batch_size,
+            fast=args.fast,
             device=args.device,
             resume=args.out / "parts" / part if args.resume else None,
             trust=trust,

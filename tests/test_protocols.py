@@ -47,7 +47,8 @@ def test_the_named_protocols_are_pinned():
         for attack in protocol.attacks:
             wanted = {"name": attack.name, "step_size": None, "steps": None, "start": "uniform"}
             wanted |= {"restarts": 1, "judge": "last", "confidence": 50.0}
-            wanted |= {"version": "standard", "batch_size": 250, **attacks[attack.name]}
+            wanted |= {"version": "standard", "batch_size": 250, "survivors": False}
+            wanted |= attacks[attack.name]
             assert asdict(attack) == wanted
 
 
@@ -132,6 +133,7 @@ def test_protocols_can_be_read():
         ({"confidence": 1.0}, ValueError, "confidence"),
         ({"version": "rand"}, ValueError, "version"),
         ({"batch_size": 1}, ValueError, "batch_size"),
+        ({"survivors": True}, ValueError, "survivors"),
         ({"kind": "cw", "confidence": -1.0}, ValueError, "confidence"),
     ],
 )

@@ -231,7 +231,8 @@ def compare(
     """Put reports side by side.
 
     Args:
-        reports: by name, of the same classes under the same attacks; columns that not all have are left out.
+        reports: by name, of the same classes under the same attacks. Columns that not all have are left out,
+            and so is a worst case, also that of an AutoAttack on survivors, over different attacks.
         worst: "class" or "10%"; None takes "10%" from 100 classes on, as the papers do.
 
     Returns:
@@ -252,12 +253,12 @@ def compare(
     function = "compare"
     _same(function, reports)
     first, *others = reports.values()
-    shared = [c for c in first.columns if all(c in other.columns for other in others)]
+    shared = [
+        c for c in first.columns if all(_over(other, c) == _over(first, c) for other in others)
+    ]
     if worst is None:
         worst = "10%" if len(first.row_names) >= MANY_CLASSES else "class"
     _checks.choice(function, "worst", worst, ("class", "10%"))
-    if any(other.columns != first.columns for other in others):
-        shared.remove(WORST_CASE)  # it is the worst of other attacks in each
     return Comparison(dict(reports), tuple(shared), worst)
 
 
@@ -348,6 +349,16 @@ def _same(function: str, reports: Mapping[str, RobustnessReport]) -> None:
                     f"{function}: expected one setting for each attack of `reports`, got {attack} and "
                     f"{settings[attack.name]}"
                 )
+
+
+def _over(report: RobustnessReport, column: str) -> tuple[str, ...]:
+    """The columns that one is the worst case of; itself where it is none, nothing where it is not there."""
+    if column not in report.columns:
+        return ()
+    on_survivors = {attack.name for attack in report.protocol.attacks if attack.survivors}
+    if column == WORST_CASE or column in on_survivors:
+        return report.columns[: report.columns.index(column) + 1]
+    return (column,)
 
 
 def _comparable(report: RobustnessReport) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class Block:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __getitem__(self, part: slice | Tensor) -> Block:
+        """Some of the samples: a slice, or their positions on the CPU."""
+        return Block(self.index[part], self.x[part], self.targets[part])
+
     def to(self, device: torch.device) -> Block:
         return Block(self.index, self.x.to(device), self.targets.to(device))
 
@@ -119,8 +123,8 @@ class Stream:
             held += [block] if len(block) else []
             while sum(map(len, held)) >= size:
                 joined = _join(held)
-                yield _cut(joined, slice(0, size))
-                rest = _cut(joined, slice(size, None))
+                yield joined[:size]
+                rest = joined[size:]
                 held = [rest] if len(rest) else []
         if held:
             yield _join(held)
@@ -191,7 +195,3 @@ def _join(blocks: list[Block]) -> Block:
         torch.cat([b.x for b in blocks]),
         torch.cat([b.targets for b in blocks]),
     )
-
-
-def _cut(block: Block, part: slice) -> Block:
-    return Block(block.index[part], block.x[part], block.targets[part])

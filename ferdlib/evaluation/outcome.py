@@ -12,6 +12,7 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib.attacks import autoattack
 from ferdlib.attacks.engine import NORMAL_START_SCALE, Model, ascend
+from ferdlib.evaluation.batches import Batches
 from ferdlib.evaluation.data import Block
 from ferdlib.evaluation.noise import uniform
 from ferdlib.evaluation.protocols import AttackSpec
@@ -43,8 +44,13 @@ class Setting:
     num_classes: int
     bounds: tuple[float, float]
     seed: int
-    batch_size: int
+    batches: Batches
     custom: Mapping[str, CustomAttack]
+    early_stop: bool = True
+
+    def settle(self, x: Tensor) -> None:
+        """Find the number of samples at a time, if that is still open."""
+        self.batches.settle(lambda part: self.shaped(self.model(part), len(part)), x)
 
     def logits(self, x: Tensor) -> Tensor:
         """What the model says of the images."""
@@ -72,8 +78,8 @@ class Setting:
 
 def clean(setting: Setting, block: Block) -> Outcome:
     """Without an attack."""
-    predicted = torch.cat([setting.classes(x) for x in block.x.split(setting.batch_size)])
-    return _whole(predicted, block, ("clean",))
+    predicted = setting.batches.over(block, lambda batch: setting.classes(batch.x))
+    return _whole(torch.cat(predicted), block, ("clean",))
 
 
 def attacked(
@@ -82,19 +88,29 @@ def attacked(
     """Under the attack that the specification describes."""
     if spec.kind == "autoattack":
         return _autoattack(setting, spec, block, on_batch)
-    size = setting.batch_size
-    parts = []
-    for k in range(0, len(block), size):
-        index, x, y = (part[k : k + size] for part in (block.index, block.x, block.targets))
-        piece = Block(index, x, y)
-        if spec.kind == "custom":
-            parts.append(_custom(setting, spec, piece))
-        else:
-            parts.append(_iterated(setting, spec, piece))
+    attack = _custom if spec.kind == "custom" else _iterated
+    parts = setting.batches.over(block, lambda batch: attack(setting, spec, batch))
     return Outcome(
         torch.cat([part.predictions for part in parts]),
         torch.cat([part.fooled_at for part in parts]),
         parts[0].stages,
+    )
+
+
+def on_survivors(
+    setting: Setting,
+    spec: AttackSpec,
+    block: Block,
+    before: Tensor,
+    on_batch: OnBatch | None = None,
+) -> Outcome:
+    """The attack on what has withstood all `before`; a sample that fell keeps the class that it fell to."""
+    left = (before == block.targets.cpu()).nonzero().squeeze(1)
+    found = attacked(setting, spec, block[left], on_batch)
+    return Outcome(
+        before.index_put((left,), found.predictions),
+        torch.zeros_like(before).index_put((left,), found.fooled_at),
+        ("before", *found.stages[1:]),
     )
 
 
@@ -123,12 +139,20 @@ def _iterated(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
 def _walk(
     setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First misclassified iterate (steps + 1 if none), the class found there, and that of the last one."""
+    """First misclassified iterate (steps + 1 if none), the class found there, and that of the last one.
+
+    Where any iterate decides, a sample is left out after the first misclassified one.
+    """
     steps = spec.steps or 0
-    path = y.new_empty(steps + 1, len(y))  # the class of each iterate, read once at the end
+    stop = setting.early_stop and spec.judge == "any"
+    path = y.repeat(steps + 1, 1)  # the class of each iterate; the label where nobody looked
 
     def watch(step: int, _: Tensor, logits: Any) -> None:
         torch.argmax(setting.shaped(logits, len(y)), dim=1, out=path[step])
+
+    def decided(step: int, index: Tensor, logits: Any) -> Tensor:
+        path[step, index] = setting.shaped(logits, len(index)).argmax(dim=1)
+        return path[step, index] != y[index]
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         if spec.kind == "cw":
@@ -148,9 +172,12 @@ def _walk(
         bounds=setting.bounds,
         train_mode=False,
         rng=None,
-        on_step=watch,
+        on_step=None if stop else watch,
+        settled=decided if stop else None,
     )
-    path[steps] = setting.classes(x_adv)
+    left = (path[:steps] == y).all(dim=0) if stop else torch.ones_like(y, dtype=torch.bool)
+    if bool(left.any()):
+        path[steps, left] = setting.classes(x_adv[left])
     wrong = path != y
     at = wrong.int().argmax(dim=0)  # of several largest the first
     first = torch.where(wrong.any(dim=0), at, steps + 1)

@@ -14,7 +14,7 @@ Kind = Literal["pgd", "cw", "autoattack", "custom"]
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "pgd": ("step_size", "steps", "start", "restarts", "judge"),
     "cw": ("step_size", "steps", "start", "restarts", "judge", "confidence"),
-    "autoattack": ("version", "batch_size"),
+    "autoattack": ("version", "batch_size", "survivors"),
     "custom": (),
 }
 
@@ -39,6 +39,8 @@ class AttackSpec:
         confidence: $\kappa$ of "cw".
         version: of AutoAttack, "standard", "plus" or "rand".
         batch_size: of AutoAttack, whose noise depends on it.
+        survivors: of AutoAttack: attack only what is classified correctly and withstood every attack before
+            it in the protocol. Its column is then the worst case over the protocol up to it.
 
     Raises:
         TypeError, ValueError: on a setting of the wrong type or out of range, or one that the kind does not have.
@@ -59,6 +61,7 @@ class AttackSpec:
     confidence: float = 50.0
     version: Literal["standard", "plus", "rand"] = "standard"
     batch_size: int = 250
+    survivors: bool = False
 
     def __post_init__(self) -> None:
         function = "AttackSpec"
@@ -78,6 +81,7 @@ class AttackSpec:
         _checks.number(function, "confidence", self.confidence, low=0.0)
         _checks.choice(function, "version", self.version, tuple(VERSIONS))
         _checks.integer(function, "batch_size", self.batch_size, low=1)
+        _checks.choice(function, "survivors", self.survivors, (False, True))
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name not in ("name", "kind", "eps", *SETTINGS[self.kind]) and (
@@ -95,6 +99,7 @@ class AttackSpec:
     def __str__(self) -> str:
         if self.kind == "autoattack":
             detail = f"AutoAttack {self.version}, batches of {self.batch_size}"
+            detail += ", on what withstood all before" if self.survivors else ""
         elif self.kind == "custom":
             detail = "a function of the user"
         else:
@@ -178,6 +183,21 @@ class Protocol:
             self,
             name=", ".join([self.name, *(f"without {name}" for name in names)]),
             attacks=tuple(attack for attack in self.attacks if attack.name not in names),
+        )
+
+    def on_survivors(self) -> Protocol:
+        """The same with AutoAttack only on what withstood the attacks before it."""
+        if not any(attack.kind == "autoattack" for attack in self.attacks):
+            raise ValueError(
+                f"Protocol.on_survivors: expected a protocol with an AutoAttack, got {self.name!r}"
+            )
+        return replace(
+            self,
+            name=f"{self.name}, AutoAttack on survivors",
+            attacks=tuple(
+                replace(attack, survivors=True) if attack.kind == "autoattack" else attack
+                for attack in self.attacks
+            ),
         )
 
     def with_seed(self, seed: int) -> Protocol:

@@ -39,7 +39,8 @@ class RobustnessReport:
         targets: int64 `(N,)`, their labels.
         predictions: for "clean" and each attack int64 `(N,)`, what the samples were taken for.
         fooled_at: the same, the first stage that fooled a sample; the number of stages if none did.
-        stages: the names of each attack's stages: iterates, or the members of AutoAttack.
+        stages: the names of each attack's stages: iterates, or the members of AutoAttack after "clean", which
+            is "before" where it was run on survivors.
         groups: int64 `(N,)`, if the rows are groups instead of classes; `group_names` names them.
         manifest: versions, device, model and data with their fingerprints.
         findings: of the trust checks, if they were asked for.
@@ -86,7 +87,7 @@ class RobustnessReport:
         spec = next((a for a in self.protocol.attacks if a.name == attack), None)
         if spec is None or spec.kind != "autoattack":
             return ()
-        return tuple(f"{attack}/{stage}" for stage in self.stages[attack] if stage != "clean")
+        return tuple(f"{attack}/{stage}" for stage in self.stages[attack][1:])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.columns)

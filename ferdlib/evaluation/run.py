@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,22 @@ import ferdlib
 from ferdlib import _checks
 from ferdlib._modes import borrowed
 from ferdlib.attacks.engine import Model, checked_bounds
+from ferdlib.evaluation.batches import SIZES, Batches
 from ferdlib.evaluation.data import Block, Stream, device_of
-from ferdlib.evaluation.outcome import CustomAttack, Outcome, Setting, attacked, clean
+from ferdlib.evaluation.outcome import (
+    CustomAttack,
+    Outcome,
+    Setting,
+    attacked,
+    clean,
+    on_survivors,
+)
+from ferdlib.evaluation.progress import Progress
 from ferdlib.evaluation.protocols import Protocol, resolve_protocol
 from ferdlib.evaluation.report import RobustnessReport
 from ferdlib.evaluation.resume import Records, fingerprint
 from ferdlib.evaluation.trust import Sample, trust_checks
+from ferdlib.models import freeze_for_attack
 
 PROBE = 8  # samples whose logits tell one model from another
 
@@ -41,7 +51,9 @@ def evaluate(
     group_names: Sequence[str] | None = None,
     custom: Mapping[str, CustomAttack] | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 128,
+    batch_size: int | Literal["auto"] = 128,
+    early_stop: bool = True,
+    fast: bool = False,
     device: torch.device | str | None = None,
     resume: str | os.PathLike[str] | None = None,
     trust: bool = False,
@@ -67,7 +79,14 @@ def evaluate(
         custom: attacks of kind "custom" by name, called as `attack(model, x, targets)` for images; what they
             return is checked for ball and bounds. For independence of batches, their noise must be, too.
         bounds: smallest and largest pixel value; AutoAttack knows (0, 1) alone.
-        batch_size: samples at a time, where `data` is not a DataLoader with its own.
+        batch_size: samples at a time, where `data` is not a DataLoader with its own. "auto", whatever `data`
+            is, times 16, 32, ..., 1024 of the first images and takes the fastest. A batch that does not fit
+            into memory is halved; AutoAttack's is not.
+        early_stop: leave a sample out of an attack with `judge="any"` once it is misclassified. The report is
+            the same (rounding aside), for fewer passes.
+        fast: attack, and judge by, the copy that `models.freeze_for_attack` makes of the model. Its logits are
+            the model's but for rounding, so single samples may fall that would not, or the other way round. The
+            trust checks look at the model itself.
         device: where the samples go; None takes that of the model's first parameter.
         resume: a folder that keeps each finished attack and block. The same call continues from it.
         trust: also run `trust_checks`, on at least two samples of each class.
@@ -78,7 +97,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range; no samples; labels beyond `num_classes`;
-            images outside the bounds; logits of another shape; a folder that belongs to another evaluation.
+            images outside the bounds; logits of another shape; a folder that belongs to another evaluation; a
+            model that `fast` cannot copy.
         RuntimeError: NaN in the model's logits, or in the gradients of an attack.
         OSError: a folder that cannot be written.
 
@@ -97,7 +117,7 @@ def evaluate(
     function = "evaluate"
     protocol = resolve_protocol(function, protocol)
     _checks.integer(function, "num_classes", num_classes, low=2)
-    _checks.integer(function, "batch_size", batch_size, low=1)
+    most, search = _checked_batch_size(function, batch_size)
     names = _names(function, "class_names", class_names, num_classes)
     low, high = checked_bounds(function, bounds)
     custom = _checked_custom(function, protocol, custom)
@@ -110,17 +130,19 @@ def evaluate(
         groups, group_names = _checked_groups(function, groups, group_names)
 
     where = torch.device(device) if device is not None else device_of(model)
-    stream = Stream(function, data, batch_size)
+    stream = Stream(function, data, most)
     _covered(function, groups, stream.last_index)
-    size = sizes.pop() if sizes else stream.batch_size
+    at_once = most if search else stream.batch_size
+    size = sizes.pop() if sizes else at_once
     setting = Setting(
         function=function,
-        model=model,
+        model=_copy(function, model) if fast else model,
         num_classes=num_classes,
         bounds=(low, high),
         seed=protocol.seed,
-        batch_size=min(stream.batch_size, size),
+        batches=Batches(function, min(at_once, size), search=search),
         custom=custom,
+        early_stop=early_stop,
     )
     records = None
     if resume is not None:
@@ -130,14 +152,15 @@ def evaluate(
             "num_classes": num_classes,
             "bounds": [low, high],
             "batch size": size,
+            "choice of `fast`": fast,
         }
         records = Records(function, resume, header)
-    run = _Run(setting, protocol, records, where)
+    run = _Run(setting, model, protocol, records, where)
     sample = Sample(num_classes) if trust else None
     with (
         torch.inference_mode(False),
         borrowed(model),
-        _Progress(function, stream.samples, names, progress) as bar,
+        Progress(function, stream.samples, names, progress) as bar,
     ):
         for block in stream.blocks(size):
             _checks.labels(
@@ -169,32 +192,42 @@ class _Run:
     """The outcomes so far, and what is to be said of where they come from."""
 
     def __init__(
-        self, setting: Setting, protocol: Protocol, records: Records | None, device: torch.device
+        self,
+        setting: Setting,
+        model: Model,
+        protocol: Protocol,
+        records: Records | None,
+        device: torch.device,
     ) -> None:
-        self.setting, self.protocol, self.records, self.device = setting, protocol, records, device
+        self.setting, self.model, self.protocol = setting, model, protocol
+        self.records, self.device = records, device
         self.blocks: list[Block] = []
         self.digest = 0
         names = ["clean", *(attack.name for attack in protocol.attacks)]
         self.outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
         self.seconds = dict.fromkeys(names, 0.0)
 
-    def block(self, block: Block, bar: _Progress) -> Tensor:
-        """Attack a block, or take what was found before; which samples withstood everything, `(N,)`."""
+    def block(self, block: Block, bar: Progress) -> Tensor:
+        """Attack a block, or take what was found earlier; which samples withstood everything, `(N,)`."""
         number, digest = len(self.blocks), block.digest()
         self.digest = (self.digest + digest) % 2**128
         self.image = {"shape": list(block.x.shape[1:]), "dtype": str(block.x.dtype)[6:]}
         here = block.to(self.device)
         if self.records is not None and number == 0:
             self.records.begin(self.setting.logits(here.x[:PROBE]))
-        robust = torch.ones(len(block), dtype=torch.bool)
+        targets = block.targets.cpu()
+        before = targets  # the label, or the class that a sample fell to
         specs = {attack.name: attack for attack in self.protocol.attacks}
         for name, outcomes in self.outcomes.items():
             bar.say(name)
             found = self.records.load(name, number, digest) if self.records is not None else None
             if found is None:
+                self.setting.settle(here.x)
                 start = time.perf_counter()
                 if name == "clean":
                     outcome = clean(self.setting, here)
+                elif specs[name].survivors:
+                    outcome = on_survivors(self.setting, specs[name], here, before, bar.member)
                 else:
                     outcome = attacked(self.setting, specs[name], here, bar.member)
                 found = outcome, time.perf_counter() - start
@@ -202,10 +235,10 @@ class _Run:
                     self.records.save(name, number, digest, *found)
             outcomes.append(found[0])
             self.seconds[name] += found[1]
-            robust &= found[0].predictions == block.targets.cpu()
+            before = torch.where(before == targets, found[0].predictions, before)
         # The pixels are done with, of which a slice would hold all: what is said of each sample stays.
-        self.blocks.append(Block(block.index, torch.empty(0), block.targets.cpu()))
-        return robust
+        self.blocks.append(Block(block.index, torch.empty(0), targets))
+        return before == targets
 
     def report(
         self, names: tuple[str, ...], groups: Tensor | None, group_names: tuple[str, ...]
@@ -247,7 +280,7 @@ class _Run:
 
     def manifest(self, samples: int) -> dict[str, Any]:
         """Plain values only; nothing in it depends on how the work was cut."""
-        model, device = self.setting.model, self.device
+        model, device = self.model, self.device
         cuda = device.type == "cuda"
         parameters = model.parameters() if isinstance(model, nn.Module) else ()
         autocast = torch.is_autocast_enabled(device.type)
@@ -262,6 +295,7 @@ class _Run:
             "precision": {
                 "tf32": bool(cuda and torch.backends.cuda.matmul.allow_tf32),
                 "autocast": str(torch.get_autocast_dtype(device.type))[6:] if autocast else None,
+                "fast": self.setting.model is not model,
             },
             "model": {
                 "class": type(model).__name__ if isinstance(model, nn.Module) else "callable",
@@ -273,58 +307,23 @@ class _Run:
         }
 
 
-class _Progress:
-    """A tqdm bar over the samples with the worst case so far, or nothing."""
+def _checked_batch_size(function: str, value: int | str) -> tuple[int, bool]:
+    """The number, or the largest that "auto" can find; and whether it is to be found."""
+    if isinstance(value, str):
+        _checks.choice(function, "batch_size", value, ("auto",))
+        return SIZES[-1], True
+    return _checks.integer(function, "batch_size", value, low=1), False
 
-    def __init__(
-        self, function: str, samples: int | None, names: tuple[str, ...], shown: bool | str
-    ) -> None:
-        self.names = names
-        self.counts = torch.zeros(2, len(names), dtype=torch.int64)
-        self.figures = ""
-        self.bar = None
-        if shown:
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError(
-                    f"{function}: expected tqdm for `progress`, got none; pip install tqdm"
-                ) from error
-            self.bar = tqdm(
-                total=samples, unit="sample", desc=shown if isinstance(shown, str) else function
-            )
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def say(self, what: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{what}{self.figures}")
-
-    def member(self, name: str, robust: Tensor) -> None:
-        """AutoAttack's word after each of its batches."""
-        if self.bar is not None:
-            self.say(f"{name}, {int(robust.sum())} of {len(robust)} left")
-
-    def add(self, block: Block, robust: Tensor) -> None:
-        """A finished block, and which of its samples withstood everything."""
-        if self.bar is None:
-            return
-        targets = block.targets.cpu()
-        self.counts[0] += torch.bincount(targets, minlength=len(self.names))
-        self.counts[1] += torch.bincount(targets[robust], minlength=len(self.names))
-        accuracy = self.counts[1].double() / self.counts[0]
-        worst = int(accuracy.nan_to_num(nan=2.0).argmin())
-        self.figures = (
-            f"; worst case {100 * float(accuracy.nanmean()):.1f} %, worst class "
-            f"{100 * float(accuracy[worst]):.1f} % ({self.names[worst]})"
-        )
-        self.bar.set_postfix_str(self.figures.removeprefix("; "), refresh=False)
-        self.bar.update(len(block))
+def _copy(function: str, model: Model) -> Model:
+    """What is attacked in place of the model."""
+    try:
+        with torch.inference_mode(False):
+            return freeze_for_attack(model)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{function}: expected a `model` that can be copied for `fast`, got {error}"
+        ) from error
 
 
 def _names(

@@ -31,6 +31,7 @@ def report_text(report: RobustnessReport) -> str:
         aligned(class_rows(report)),
         "",
         _winners(report),
+        *_on_survivors(report),
         *_absent(report),
         *(str(finding) for finding in report.findings),
     ]
@@ -48,6 +49,7 @@ def report_markdown(report: RobustnessReport) -> str:
         piped(figure_rows(report)),
         piped(class_rows(report)),
         _winners(report) + ".",
+        *_on_survivors(report),
         *_absent(report),
         "Protocol " + "\n".join(_listed(str(report.protocol).splitlines())),
     ]
@@ -194,6 +196,14 @@ def _winners(report: RobustnessReport) -> str:
     counts = [(name, int((winner == k).sum())) for k, name in enumerate(report.predictions)]
     fallen = ", ".join(f"{name} {count:,}" for name, count in counts)
     return f"first fooled by: {fallen}; by none {int((winner < 0).sum()):,}"
+
+
+def _on_survivors(report: RobustnessReport) -> list[str]:
+    return [
+        f"{attack.name} was run on what withstood all before it: its rows are the worst case up to there"
+        for attack in report.protocol.attacks
+        if attack.survivors
+    ]
 
 
 def _absent(report: RobustnessReport) -> list[str]:

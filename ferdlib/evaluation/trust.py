@@ -15,6 +15,7 @@ from ferdlib import _checks
 from ferdlib._modes import borrowed
 from ferdlib.attacks.autoattack import square
 from ferdlib.attacks.engine import Model, ascend, checked_bounds
+from ferdlib.evaluation.batches import Batches
 from ferdlib.evaluation.data import Block, Stream, device_of
 from ferdlib.evaluation.outcome import Setting, attacked
 from ferdlib.evaluation.paired import mcnemar
@@ -67,8 +68,7 @@ class Sample:
                 self.room[label] -= 1
                 chosen.append(i)
         if chosen:
-            at = torch.tensor(chosen)
-            self.blocks.append(Block(block.index[at], block.x[at], block.targets[at]))
+            self.blocks.append(block[torch.tensor(chosen)])
 
     def data(self) -> tuple[Tensor, Tensor]:
         return torch.cat([b.x for b in self.blocks]), torch.cat([b.targets for b in self.blocks])
@@ -136,7 +136,8 @@ def trust_checks(
         x, y = sample.data()
         where = torch.device(device) if device is not None else device_of(model)
         block = Block(torch.arange(len(x)), x, y).to(where)
-        setting = Setting(function, model, num_classes, (low, high), protocol.seed, batch_size, {})
+        batches = Batches(function, batch_size)
+        setting = Setting(function, model, num_classes, (low, high), protocol.seed, batches, {})
         findings += list(_of_model(setting, block, _pgd_of(protocol, high - low), report))
     if report is not None:
         findings += list(_of_report(report))
@@ -220,27 +221,28 @@ def _of_model(
 
 
 def _logits(setting: Setting, block: Block) -> Tensor:
-    parts = block.x.split(setting.batch_size)
-    return torch.cat([setting.logits(x).float() for x in parts])
+    parts = setting.batches.over(block, lambda batch: setting.logits(batch.x).float())
+    return torch.cat(parts)
 
 
 def _gradients(setting: Setting, block: Block) -> Finding | None:
     """Samples whose gradient gives an attack no direction; None if the model cannot be differentiated."""
-    zero = []
-    batches = zip(
-        block.x.split(setting.batch_size), block.targets.split(setting.batch_size), strict=True
-    )
-    for x, y in batches:
-        leaf = x.detach().clone().requires_grad_()
+
+    def zero(batch: Block) -> Tensor | None:
+        leaf = batch.x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            loss = cross_entropy(setting.shaped(setting.model(leaf), len(x)), y).sum()
+            logits = setting.shaped(setting.model(leaf), len(batch))
+            loss = cross_entropy(logits, batch.targets).sum()
             if not loss.requires_grad:
                 return None
             (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-        if gradient is None:
-            return None
-        zero.append((gradient == 0).flatten(1).all(dim=1))
-    none = torch.cat(zero).cpu()
+        return None if gradient is None else (gradient == 0).flatten(1).all(dim=1)
+
+    found = setting.batches.over(block, zero)
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
+        return None
+    none = torch.cat(parts).cpu()
     y = block.targets.cpu()
     counts = torch.bincount(y, minlength=setting.num_classes)
     share = torch.bincount(y[none], minlength=setting.num_classes) / counts
@@ -255,21 +257,19 @@ def _gradients(setting: Setting, block: Block) -> Finding | None:
 def _rising(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
     """The mean loss along the attack's iterates."""
     steps = pgd.steps or 0
-    sums = torch.zeros(steps, device=block.x.device)
     rng = torch.Generator().manual_seed(setting.seed)
-    batches = zip(
-        block.x.split(setting.batch_size), block.targets.split(setting.batch_size), strict=True
-    )
-    for x, y in batches:
 
-        def watch(step: int, _: Tensor, logits: Any, y: Tensor = y) -> None:
-            sums[step] += cross_entropy(logits, y).sum()
+    def along(batch: Block) -> Tensor:
+        sums = torch.zeros(steps, device=batch.x.device)
+
+        def watch(step: int, _: Tensor, logits: Any) -> None:
+            sums[step] = cross_entropy(logits, batch.targets).sum()
 
         ascend(
             setting.function,
             setting.model,
-            x,
-            y,
+            batch.x,
+            batch.targets,
             loss=cross_entropy,
             eps=pgd.eps,
             step_size=pgd.step_size or 0.0,
@@ -280,6 +280,9 @@ def _rising(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
             rng=rng,
             on_step=watch,
         )
+        return sums
+
+    sums = torch.stack(setting.batches.over(block, along)).sum(dim=0)
     loss = (sums / len(block)).tolist()
     shown = sorted({0, steps // 4, steps // 2, steps - 1})
     values = ", ".join(f"{loss[t]:.3g} at x^({t})" for t in shown)
@@ -358,8 +361,8 @@ def _of_report(report: RobustnessReport) -> Iterator[Finding]:
 
 def _weaker(weak: AttackSpec, strong: AttackSpec) -> bool:
     """Whether the second attack does all that the first does, and more."""
-    if strong.kind == "autoattack":
-        return weak.iterated and weak.eps <= strong.eps
+    if strong.kind == "autoattack":  # on survivors it cannot lose
+        return weak.iterated and weak.eps <= strong.eps and not strong.survivors
     if not (weak.iterated and strong.kind == weak.kind and weak.eps <= strong.eps):
         return False
     more = (strong.steps or 0) > (weak.steps or 0) or strong.restarts > weak.restarts

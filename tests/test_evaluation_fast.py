@@ -1,0 +1,577 @@
+"""What makes an evaluation faster, beside the plain one: early stop, survivors, a fast copy, batch sizes."""
+
+import importlib
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from conftest import make_tiny_model
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from ferdlib.attacks import autoattack
+from ferdlib.attacks.autoattack import AutoAttackResult
+from ferdlib.evaluation import (
+    PROTOCOLS,
+    AttackSpec,
+    Protocol,
+    RobustnessReport,
+    batches,
+    compare,
+    evaluate,
+    merge,
+    outcome,
+    trust_checks,
+)
+from ferdlib.models import FrozenModel
+
+K, N = 4, 40
+
+
+def tiny(**settings):
+    """In float64, where no sign of a gradient hangs on how a batch is cut."""
+    return make_tiny_model(K, **settings).double()
+
+
+def samples(n=N):
+    """Images of which the model calls three of four right."""
+    x = torch.rand(n, 2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = tiny()(x).argmax(dim=1).detach()
+    return x, torch.where(torch.arange(n) % 4 == 1, (y + 1) % K, y)
+
+
+X, Y = samples()
+DATA = TensorDataset(X, Y)
+
+
+def ascent(name="PGD", **change):
+    common = {"kind": "pgd", "eps": 0.02, "step_size": 0.008, "steps": 4}
+    return AttackSpec(name=name, **(common | change))
+
+
+def run(*attacks, model=None, data=(X, Y), **change):
+    protocol = Protocol(name="test", attacks=attacks or (ascent(),))
+    return evaluate(model or tiny(), data, **({"protocol": protocol, "num_classes": K} | change))
+
+
+def counted(model):
+    """The model, and how many images go through it in each forward."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    return model, seen
+
+
+@pytest.mark.parametrize("kind", ["pgd", "cw"])
+@pytest.mark.parametrize("batch_size", [64, 7])
+def test_stopping_early_gives_the_same_report(kind, batch_size):
+    attacks = [
+        ascent("any", kind=kind, judge="any", restarts=3),
+        ascent("again", kind=kind, judge="any", start=None, eps=0.03),
+        ascent("last", kind=kind, restarts=2),
+    ]
+    early, full = (
+        run(*attacks, batch_size=batch_size, early_stop=early_stop) for early_stop in (True, False)
+    )
+    assert early == full
+    assert early.winners == full.winners
+    for name in ("any", "again"):
+        assert torch.equal(early.fooled_at[name], full.fooled_at[name])
+        assert torch.equal(early.predictions[name], full.predictions[name])
+    assert len(set(early.fooled_at["any"].tolist())) > 4
+    assert 0 < early["any"].average < early["clean"].average
+
+
+@pytest.mark.parametrize("kind", ["pgd", "cw"])
+def test_an_early_stop_leaves_out_what_is_fooled(kind):
+    """A sample costs a pass for each iterate up to the first wrong one, in each start it comes to."""
+    restarts, steps = 3, 4
+    attack = ascent(kind=kind, judge="any")
+    early = full = N  # the clean images
+    came = torch.ones(N, dtype=torch.bool)
+    for k in range(restarts):
+        found = run(replace(attack, restarts=k + 1))
+        early += int((found.fooled_at["PGD"][came].clamp(max=steps) + 1).sum())
+        full += int(came.sum()) * (steps + 1)
+        came = found["PGD"].robust
+    for early_stop, expected in ((True, early), (False, full)):
+        model, seen = counted(tiny())
+        run(replace(attack, restarts=restarts), model=model, early_stop=early_stop)
+        assert sum(seen) == expected
+    assert early < 0.9 * full
+
+
+def test_the_last_iterate_needs_all_steps():
+    for early_stop in (True, False):
+        model, seen = counted(tiny())
+        run(ascent(), model=model, early_stop=early_stop)
+        assert seen == [N] * 6
+
+
+AA = AttackSpec(name="AA", kind="autoattack", eps=0.05, batch_size=7)
+BEFORE = (ascent("FGSM", eps=0.01, step_size=0.01, steps=1, start=None), ascent())
+
+
+class Stub:
+    """In place of AutoAttack: a member fools the images whose first pixel lies in its part of [0, 1]."""
+
+    def __init__(self):
+        self.reached = []
+
+    def __call__(self, model, x, targets, **settings):
+        self.reached += x[:, 0, 0, 0].tolist()
+        first = x[:, 0, 0, 0]
+        clean = model(x).argmax(dim=1)
+        right = clean == targets
+        flags = {"clean": right, "apgd-ce": right & (first > 0.2)}
+        flags["square"] = flags["apgd-ce"] & (first < 0.9)
+        fooled = right & ~flags["square"]
+        predictions = torch.where(fooled, (targets + 1) % K, clean)
+        return AutoAttackResult(x, flags["square"], flags, predictions)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    stub = Stub()
+    monkeypatch.setattr(outcome, "autoattack", stub)
+    return stub
+
+
+def on_survivors(*attacks, **change):
+    protocol = Protocol(name="test", attacks=attacks or (*BEFORE, AA)).on_survivors()
+    return run(protocol=protocol, **change)
+
+
+def test_only_survivors_are_attacked(stub):
+    plain = run(*BEFORE, AA)
+    assert stub.reached == X[:, 0, 0, 0].tolist()
+    stub.reached = []
+    on_survivors()
+    left = plain["clean"].robust & plain["FGSM"].robust & plain["PGD"].robust
+    assert stub.reached == X[left, 0, 0, 0].tolist()
+    assert 5 < len(stub.reached) < plain["clean"].robust.sum()
+
+
+def test_the_column_is_the_worst_case_by_hand(stub):
+    plain, report = run(*BEFORE, AA), on_survivors()
+    left = plain["clean"].robust & plain["FGSM"].robust & plain["PGD"].robust
+    first = X[:, 0, 0, 0]
+    flags = {"AA/apgd-ce": left & (first > 0.2), "AA/square": left & (first > 0.2) & (first < 0.9)}
+    assert report.members("AA") == tuple(flags)
+    for member, robust in flags.items():
+        assert torch.equal(report[member].robust, robust)
+    assert left.sum() > flags["AA/apgd-ce"].sum() > flags["AA/square"].sum() > 0
+    for column in ("AA", "worst case"):
+        assert torch.equal(report[column].robust, flags["AA/square"])
+    assert torch.equal(report["worst case"].robust, plain["worst case"].robust)
+    assert torch.equal(report["AA"].confusion, report["worst case"].confusion)
+    # What fell before keeps the class that it fell to first.
+    assert report.winners == plain.winners
+    expected = Y.clone()
+    for name in reversed(("clean", "FGSM", "PGD", "AA")):
+        fooled = plain.predictions[name] != Y
+        expected[fooled] = plain.predictions[name][fooled]
+    assert torch.equal(report.predictions["AA"], expected)
+    assert report.stages["AA"] == ("before", "apgd-ce", "square")
+    assert torch.equal(report.fooled_at["AA"] == 0, ~left)
+    share = torch.stack([left, *flags.values()]).double()
+    by_hand = torch.stack([share[:, k == Y].mean(dim=1) for k in range(K)])
+    assert torch.allclose(report.survival("AA"), by_hand, rtol=0, atol=1e-12)
+    for column in ("clean", "FGSM", "PGD"):
+        assert torch.equal(report.predictions[column], plain.predictions[column])
+
+
+def test_an_attack_after_it_is_as_ever(stub):
+    after = ascent("CW", kind="cw", eps=0.1)
+    plain, report = run(*BEFORE, AA, after), on_survivors(*BEFORE, AA, after)
+    assert torch.equal(report.predictions["CW"], plain.predictions["CW"])
+    assert torch.equal(report["worst case"].robust, plain["worst case"].robust)
+    assert report["worst case"].average < report["AA"].average
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_survivors_of_blocks_and_shards(stub, tmp_path):
+    report = on_survivors()
+    assert on_survivors(data=DataLoader(DATA, batch_size=3, shuffle=True)) == report
+    shards = [Subset(DATA, range(k, N, 2)) for k in range(2)]
+    assert merge([on_survivors(data=shard) for shard in shards]) == report
+    report.save(tmp_path / "report.json")
+    again = RobustnessReport.load(tmp_path / "report.json")
+    assert again == report
+    assert again.protocol.attacks[-1].survivors
+    assert torch.equal(again["AA/apgd-ce"].robust, report["AA/apgd-ce"].robust)
+
+
+def test_survivors_are_resumed(stub, tmp_path):
+    report = on_survivors(resume=tmp_path)
+    stub.reached = []
+    assert on_survivors(resume=tmp_path) == report
+    assert stub.reached == []
+    for path in tmp_path.glob("AA-*-000002.json"):  # that of 14..20
+        path.unlink()
+    assert on_survivors(resume=tmp_path) == report
+    left = report.fooled_at["AA"] > 0
+    assert stub.reached == X[14:21][left[14:21], 0, 0, 0].tolist()
+    with pytest.raises(ValueError, match="^evaluate: expected the protocol that `resume`"):
+        run(*BEFORE, AA, resume=tmp_path)
+
+
+def test_it_is_not_compared_with_plain_autoattack(stub):
+    plain, report = run(*BEFORE, AA), on_survivors()
+    with pytest.raises(ValueError, match="^compare: expected one setting .* on what withstood all"):
+        compare({"plain": plain, "survivors": report})
+    assert compare({"1": report, "2": report}).columns == report.columns
+    # Over other attacks it is another worst case.
+    alone = on_survivors(BEFORE[1], AA)
+    for reports in ({"1": report, "2": alone}, {"2": alone, "1": report}):
+        assert compare(reports).columns == ("clean", "PGD")
+    longer = on_survivors(*BEFORE, AA, ascent("CW", kind="cw"))
+    assert compare({"1": report, "2": longer}).columns == ("clean", "FGSM", "PGD", "AA")
+
+
+def test_the_texts_say_so(stub):
+    plain, report = run(*BEFORE, AA), on_survivors()
+    assert report.protocol.name == "test, AutoAttack on survivors"
+    note = "AA was run on what withstood all before it: its rows are the worst case up to there"
+    for text in (str(report), report.to_markdown()):
+        assert note in text
+    for text in (str(plain), plain.to_markdown()):
+        assert "withstood" not in text
+    line = str(report.protocol).splitlines()[-1]
+    assert line.endswith("AutoAttack standard, batches of 7, on what withstood all before")
+
+
+def test_a_block_without_survivors():
+    """The second block is wrong from the start: AutoAttack itself is not asked, and has its stages."""
+    model = make_tiny_model(K)
+    x = X[:6].float()
+    y = model(x).argmax(dim=1)
+    y[3:] = (y[3:] + 1) % K
+    attack = replace(AA, eps=0.02, batch_size=3)
+    model, seen = counted(model)
+    report = on_survivors(attack, model=model, data=(x[3:], y[3:]))
+    assert seen == [3]
+    assert report.stages["AA"] == ("before", "apgd-ce", "apgd-t", "fab-t", "square")
+    assert torch.equal(report.predictions["AA"], report.predictions["clean"])
+    assert report.winners == ("clean",) * 3
+    alone = autoattack(model, x[:3], y[:3], num_classes=K, eps=0.02, batch_size=3)
+    both = on_survivors(attack, model=model, data=(x, y))
+    assert both["AA"].robust.tolist() == [*alone.robust.tolist(), False, False, False]
+
+
+def test_no_check_of_trust_is_passed_by_construction(stub):
+    plain, report = run(*BEFORE, AA), on_survivors()
+    checks = [
+        {f.check for f in trust_checks(tiny(), DATA, num_classes=K, report=made)}
+        for made in (plain, report)
+    ]
+    assert checks[0] - checks[1] == {
+        "AA is at least as strong as FGSM",
+        "AA is at least as strong as PGD",
+    }
+    assert any(check.startswith("AA's black-box Square") for check in checks[1])
+
+
+def test_protocols_on_survivors():
+    protocol = PROTOCOLS["fair-ard"].on_survivors()
+    assert protocol.attacks[:3] == PROTOCOLS["fair-ard"].attacks[:3]
+    assert protocol.attacks[3] == replace(PROTOCOLS["fair-ard"].attacks[3], survivors=True)
+    content = json.loads(json.dumps(protocol.to_dict()))
+    assert Protocol.from_dict(content) == protocol
+    for attack in content["attacks"]:  # as they were written before there was a choice
+        del attack["survivors"]
+    assert Protocol.from_dict(content).attacks == PROTOCOLS["fair-ard"].attacks
+    with pytest.raises(ValueError, match="^Protocol.on_survivors: expected .* AutoAttack, got 'qu"):
+        PROTOCOLS["quick"].on_survivors()
+
+
+def test_the_copy_attacks_and_judges():
+    """An attack is given the copy; the model stays as it is, and is what the report is of."""
+    own, given = AttackSpec(name="own", kind="custom", eps=0.1), []
+
+    def attack(model, x, targets):
+        given.append(model)
+        return (x + 0.1 * torch.linspace(-1, 1, 6)).clamp(0, 1)
+
+    model = make_tiny_model(K).train()
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    model, seen = counted(model)
+    data = X.float(), Y
+    slow, fast = (
+        run(ascent(), own, model=model, data=data, custom={"own": attack}, fast=fast)
+        for fast in (False, True)
+    )
+    assert seen == [N] * 7
+    assert given[0] is model
+    assert isinstance(given[1], FrozenModel)
+    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == (
+        flags
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert fast.predictions.keys() == slow.predictions.keys()
+    for name in slow.predictions:
+        assert (fast.predictions[name] != slow.predictions[name]).sum() <= 1
+    assert (slow.manifest["precision"]["fast"], fast.manifest["precision"]["fast"]) == (False, True)
+    assert fast.manifest["model"] == slow.manifest["model"]
+    assert "fast True" in fast.to_markdown()
+    assert "fast" not in slow.to_markdown()
+
+
+def test_fast_and_slow_are_compared_and_not_mixed(tmp_path):
+    data = TensorDataset(X.float(), Y)
+    reports = {
+        name: run(
+            ascent(),
+            model=make_tiny_model(K),
+            data=data,
+            fast=name == "fast",
+            resume=tmp_path / name,
+        )
+        for name in ("slow", "fast")
+    }
+    assert compare(reports).columns == ("clean", "PGD", "worst case")
+    assert abs(compare(reports).test("slow", "fast").average[0]) < 0.05
+    with pytest.raises(ValueError, match="^merge: expected .* got others in precision$"):
+        merge(list(reports.values()))
+    for name in reports:
+        message = "^evaluate: expected the choice of `fast` that `resume` .* was begun with, got"
+        with pytest.raises(ValueError, match=message):
+            run(model=make_tiny_model(K), data=data, fast=name == "slow", resume=tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fast_in_surroundings_without_gradients(mode):
+    model = make_tiny_model(K)
+    expected = run(model=model, data=(X.float(), Y), fast=True)
+    with mode():
+        assert run(model=model, data=(X.float(), Y.clone()), fast=True) == expected
+
+
+class Forked(nn.Module):
+    """Its path depends on the values of the images."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :K] * (2 if x.sum() > 0 else 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "error"), [(Forked(), ValueError), (lambda x: x.flatten(1)[:, :K], TypeError)]
+)
+def test_what_cannot_be_copied_is_refused(model, error, tmp_path):
+    assert len(run(model=model)) == N
+    with pytest.raises(error, match="^evaluate: expected a `model` that can be copied for `fast`"):
+        run(model=model, fast=True, resume=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """A clock by hand: seconds of a pass by the number of images, or an error; what was asked."""
+    table, asked = {}, []
+
+    def measured(_, x):
+        asked.append(len(x))
+        found = table[len(x)]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(batches, "_seconds", measured)
+    return table, asked
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("table", "most", "images", "size"),
+    [
+        ({16: 1, 32: 1.5, 64: 2, 128: 3.9}, 1024, 2000, 128),  # 16, 21, 32, 32.8 a second
+        ({16: 1, 32: 1.5, 64: 4}, 1024, 2000, 32),
+        ({16: 1, 32: 2}, 1024, 2000, 16),
+        ({2**k: 1 for k in range(4, 11)}, 1024, 2000, 1024),
+        ({16: 1, 32: 1, 64: 1, 128: 1, 250: 1}, 250, 1000, 250),  # AutoAttack's
+        ({16: 1, 32: 1, 50: 1}, 1024, 50, 50),
+        ({16: 1}, 1024, 16, 16),
+        ({5: 1}, 1024, 5, 5),
+        ({16: 1, 32: 1, 64: FULL}, 1024, 2000, 32),
+        ({16: 1, 32: RuntimeError("MPS backend out of memory")}, 1024, 2000, 16),
+        ({16: FULL}, 1024, 2000, 16),
+    ],
+)
+def test_the_fastest_size_is_found(seconds, table, most, images, size):
+    seconds[0].update(table)
+    found = batches.Batches("evaluate", most, search=True)
+    found.settle(lambda x: x, torch.zeros(images, 1))
+    assert found.size == size
+    assert seconds[1] == list(table)
+    found.settle(lambda x: x, torch.zeros(images, 1))
+    assert seconds[1] == list(table)  # once and for all
+
+
+def test_an_error_of_the_model_ends_the_search(seconds):
+    seconds[0].update({16: 1, 32: RuntimeError("mat1 and mat2 shapes cannot be multiplied")})
+    with pytest.raises(RuntimeError, match="^mat1"):
+        batches.Batches("evaluate", 64, search=True).settle(lambda x: x, torch.zeros(64, 1))
+
+
+def test_a_pass_is_a_forward_and_a_gradient():
+    model, seen = counted(make_tiny_model(K))
+    gradients = []
+    model[0].register_full_backward_hook(lambda *_: gradients.append(1))
+    images = X[:3].float()
+    assert batches._seconds(model, images) > 0
+    assert (seen, len(gradients)) == ([3] * 4, 4)
+    assert not images.requires_grad
+    with torch.no_grad():  # nothing to differentiate
+        assert batches._seconds(lambda x: x.detach(), images) > 0
+
+
+def test_auto_is_the_same_report(seconds, tmp_path, caplog):
+    seconds[0].update({16: 1, 32: 1, 40: 2})
+    expected = run(batch_size=7)
+    model, seen = counted(tiny())
+    with caplog.at_level(logging.INFO, logger="ferdlib"):
+        loader = DataLoader(DATA, batch_size=3, shuffle=True)
+        assert run(model=model, data=loader, batch_size="auto", resume=tmp_path) == expected
+    assert caplog.messages == ["evaluate: 32 samples at a time, found by timing"]
+    assert seen == [8, 32, 8, *[32] * 5, *[8] * 5]  # the probe, clean, PGD
+    # Whatever the clock says later, and asked only where there is something to do.
+    asked = len(seconds[1])
+    assert run(batch_size="auto", resume=tmp_path) == expected
+    assert len(seconds[1]) == asked
+    next(tmp_path.glob("PGD-*.json")).unlink()
+    seconds[0].update({32: 100})
+    model, seen = counted(tiny())
+    assert run(model=model, batch_size="auto", resume=tmp_path) == expected
+    assert seen == [8, *[16] * 10, *[8] * 5]
+
+
+def test_auto_beside_autoattack(seconds, stub):
+    """Blocks are AutoAttack's, and plain attacks take no more at once."""
+    seconds[0].update({7: 1})
+    model, seen = counted(tiny())
+    assert run(*BEFORE, AA, model=model, batch_size="auto") == run(*BEFORE, AA)
+    assert max(seen) == 7
+
+
+def test_auto_by_the_clock():
+    assert run(batch_size="auto") == run()
+
+
+class Small(nn.Module):
+    """Memory for so many images."""
+
+    def __init__(self, most, error=None):
+        super().__init__()
+        self.model, self.most, self.error = tiny(), most, error or FULL
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise self.error
+        return self.model(x)
+
+
+def dark(model, x, targets):
+    model(x)
+    return (x - 0.05).clamp(min=0)
+
+
+EACH = (ascent(), ascent("any", judge="any"), AttackSpec(name="dark", kind="custom", eps=0.05))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: out of memory")])
+def test_what_memory_cannot_hold_is_halved(error, caplog):
+    expected = run(*EACH, custom={"dark": dark})
+    model, seen = counted(Small(3, error))
+    report = run(*EACH, model=model, custom={"dark": dark}, batch_size=16)
+    assert {name: p.tolist() for name, p in report.predictions.items()} == {
+        name: p.tolist() for name, p in expected.predictions.items()
+    }
+    assert all(torch.equal(report.fooled_at[k], f) for k, f in expected.fooled_at.items())
+    sizes = [(16, 8), (8, 4), (4, 2)]
+    message = "evaluate: out of memory with {} samples at a time; going on with {}"
+    assert caplog.messages == [message.format(*pair) for pair in sizes]
+    assert seen[:4] == [16, 8, 4, 2]
+    assert max(seen[3:]) == 2
+
+
+def test_memory_that_ends_in_an_attack(caplog):
+    """Its gradients do not fit where its logits do."""
+
+    class Graded(Small):
+        def forward(self, x):
+            return super().forward(x) if x.requires_grad else self.model(x)
+
+    report = run(ascent(), model=Graded(5), batch_size=20)
+    expected = run(ascent())
+    assert torch.equal(report.predictions["PGD"], expected.predictions["PGD"])
+    assert [record.args[1:] for record in caplog.records] == [(20, 10), (10, 5)]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_a_single_image_that_does_not_fit(caplog):
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        run(model=Small(0), batch_size=4)
+    assert len(caplog.records) == 2
+    model, seen = counted(Small(3, RuntimeError("an error of the model")))
+    with pytest.raises(RuntimeError, match="an error of the model"):
+        run(model=model, batch_size=4)
+    assert seen == [4]
+
+
+def test_auto_and_no_memory(caplog):
+    report = run(model=Small(20), batch_size="auto")
+    assert torch.equal(report.predictions["PGD"], run().predictions["PGD"])
+    assert caplog.messages == []
+    assert torch.equal(run(model=Small(3), batch_size="auto").targets, Y)
+    assert [record.args[1:] for record in caplog.records] == [(16, 8), (8, 4), (4, 2)]
+
+
+def test_trust_checks_halve_too(caplog):
+    wanted = trust_checks(tiny(), DATA, "quick", num_classes=K, batch_size=N)
+    model = Small(N // 2).eval()
+    found = trust_checks(model, DATA, "quick", num_classes=K, batch_size=N)
+    assert [(f.check, f.verdict) for f in found] == [(f.check, f.verdict) for f in wanted]
+    assert [record.args for record in caplog.records] == [("trust_checks", N, N // 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("fast", ValueError), ("32", ValueError), (0, ValueError), (1.5, TypeError)],
+)
+def test_other_batch_sizes_are_refused(value, error):
+    with pytest.raises(error, match="^evaluate: expected `batch_size`"):
+        run(batch_size=value)
+
+
+def test_the_options_of_the_script(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    script = importlib.import_module("evaluate")
+    command = ["--checkpoint", "none.pt", "--data", "digits", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(script, "load_model", lambda *_: tiny())
+    asked = []
+
+    def stopped(*arguments, **options):
+        asked.append((arguments[2], options["fast"], options["batch_size"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate", stopped)
+    for more in ([], ["--fast", "--survivors", "--batch-size", "auto"], ["--batch-size", "64"]):
+        args = tyro.cli(script.Args, args=command + more)
+        with pytest.raises(KeyboardInterrupt):
+            script.measure(script.prepare(args), args)
+    for name in ("evaluate", "image_data", "model_sources"):
+        monkeypatch.delitem(sys.modules, name)
+    plain = PROTOCOLS["fair-ard"]
+    assert asked == [
+        (plain, False, 128),
+        (plain.on_survivors(), True, "auto"),
+        (plain, False, 64),
+    ]
