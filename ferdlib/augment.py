@@ -2,13 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ferdlib import _checks
 
-__all__ = ["crop_flip"]
+__all__ = ["Crops", "crop_flip"]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Where each image of a batch is cut out of its padded self, and whether it is mirrored.
+
+    Attributes:
+        top, left: int64 `(N,)` in 0..2 * padding.
+        mirrored: bool `(N,)`.
+        padding: zeros on each side, in pixels.
+
+    Example:
+        >>> crops, x = Crops.draw(2, padding=1), torch.rand(2, 1, 8, 8)
+        >>> crops(x).shape, bool((crops.number < Crops.count(1)).all())
+        (torch.Size([2, 1, 8, 8]), True)
+    """
+
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+    padding: int
+
+    @staticmethod
+    def draw(
+        n: int,
+        *,
+        padding: int = 4,
+        flip: bool = True,
+        rng: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Crops:
+        """For n images, uniformly; drawn on `rng.device` and moved to `device`."""
+
+        def integers(high: int) -> Tensor:
+            source = device if rng is None else rng.device
+            return torch.randint(high, (n,), generator=rng, device=source).to(device)
+
+        top = integers(2 * padding + 1)
+        mirrored = integers(2) == 1 if flip else torch.zeros_like(top, dtype=torch.bool)
+        return Crops(top, integers(2 * padding + 1), mirrored, padding)
+
+    @staticmethod
+    def count(padding: int) -> int:
+        """How many different ones an image has."""
+        return 2 * (2 * padding + 1) ** 2
+
+    @property
+    def number(self) -> Tensor:
+        """Which of them each image has, int64 `(N,)`."""
+        side = 2 * self.padding + 1
+        return (self.top * side + self.left) * 2 + self.mirrored
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The images `(N, C, H, W)` cut out; gradients flow into x."""
+        n, _, height, width = x.shape
+        rows = self.top[:, None] + torch.arange(height, device=x.device)
+        columns = torch.arange(width, device=x.device).expand(n, width)
+        columns = torch.where(self.mirrored[:, None], columns.flip(1), columns)
+        columns = columns + self.left[:, None]
+        padded = F.pad(x, [self.padding] * 4)
+        images = torch.arange(n, device=x.device)[:, None, None]
+        # Advanced indices around a slice put their dimensions first: (N, H, W, C).
+        return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def crop_flip(
@@ -18,7 +83,7 @@ def crop_flip(
 
     The augmentation of the CIFAR training recipes on a whole batch at once: pad by `padding` zeros on
     every side, cut out H x W at a uniformly drawn offset, mirror left-right with probability 1/2. It is
-    a gather, so gradients flow into x.
+    a gather, so gradients flow into x. `Crops` is the same in two steps: draw, and apply to any batch.
 
     Args:
         x: float images `(N, C, H, W)`.
@@ -43,18 +108,4 @@ def crop_flip(
     _checks.images("crop_flip", x)
     _checks.integer("crop_flip", "padding", padding, low=0)
     _checks.generator("crop_flip", rng)
-    n, _, height, width = x.shape
-    device = x.device if rng is None else rng.device
-
-    def draw(high: int) -> Tensor:
-        return torch.randint(high, (n, 1), generator=rng, device=device).to(x.device)
-
-    rows = draw(2 * padding + 1) + torch.arange(height, device=x.device)
-    columns = torch.arange(width, device=x.device).expand(n, width)
-    if flip:
-        columns = torch.where(draw(2) == 1, columns.flip(1), columns)
-    columns = columns + draw(2 * padding + 1)
-    padded = F.pad(x, [padding] * 4)
-    images = torch.arange(n, device=x.device)[:, None, None]
-    # Advanced indices around a slice put their dimensions first: (N, H, W, C).
-    return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return Crops.draw(len(x), padding=padding, flip=flip, rng=rng, device=x.device)(x)

@@ -125,6 +125,24 @@ def test_the_model_is_left_alone():
     assert torch.equal(fast(x), logits)
 
 
+@pytest.mark.parametrize("name", ["small_cnn_8", "preact_resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_following_a_model_that_is_trained(name, fold):
+    model, x = by_name(name)
+    model = Normalized(model, [0.5, 0.4, 0.3], [0.2, 0.2, 0.3])
+    fast, old = freeze_for_attack(model, fold_batchnorm=fold), model.eval()(x).detach()
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert torch.allclose(fast(x), old, atol=1e-5)
+    fast.follow(model)
+    expected = model.eval()(x).detach()
+    assert float((fast(x) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    assert float((old - expected).abs().max()) > 1e-3
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert fast(x).grad_fn is None
+
+
 class Shared(nn.Module):
     """One convolution before two norms, one norm behind two convolutions, and an output used twice."""
 
@@ -145,7 +163,7 @@ def test_what_must_not_be_folded_is_not():
     torch.manual_seed(0)
     model = used(Shared()).eval()
     fast = freeze_for_attack(model)
-    assert fast.folded == ()
+    assert fast.folded == {}
     assert set(fast.kept) == {"bn1", "bn2", "bn3", "bn4", "bn5"}
     x = torch.rand(3, 2, 4, 5)
     assert torch.allclose(fast(x), model(x), atol=1e-6)

@@ -106,7 +106,7 @@ def test_kl_is_summed_over_classes_and_averaged_over_images(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_attack_of_each(preset):
-    trainer = make_trainer(preset)
+    trainer = make_trainer(preset, fold_batchnorm=False)
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
     seen = []
     student = trainer.student.eval()
@@ -148,7 +148,7 @@ def test_margins_are_those_of_pgd_20_on_the_teacher(preset, monkeypatch):
         calls.append((model, settings))
         return real(model, x, y, **settings)
 
-    trainer = make_trainer(preset, margin_attack_steps=20)
+    trainer = make_trainer(preset, margin_attack_steps=20, fold_batchnorm=False)
     trainer._batch = (torch.rand(2, 3, 32, 32), torch.arange(2))
     trainer.source.last_images = trainer._batch[0]
     monkeypatch.setattr(loop, "pgd", spied)

@@ -131,7 +131,7 @@ def test_the_trainer_is_the_plain_algorithm(preset):
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     for field in ("generator_losses", "class_probabilities", "student_losses"):
         close(flat(ours, field), flat(theirs, field))
-    close(trainer.pool.state_dict()["images"], torch.cat(pool))
+    close(trainer.pool.column("images"), torch.cat(pool))
     close(trainer.student.state_dict(), student.state_dict())
     # Else mask, selection and absent classes would be compared where they do nothing.
     assert all(0 < fraction < 1 for fraction in fractions)

@@ -436,7 +436,7 @@ def test_the_wrong_moment_gets_one_clear_sentence():
         RuntimeError, match="^FERDTrainer.update_class_probabilities: .* synthesize"
     ):
         trainer.update_class_probabilities()
-    with pytest.raises(RuntimeError, match="^ImagePool.sample: .* empty"):
+    with pytest.raises(RuntimeError, match="^ImagePool.draw: .* empty"):
         trainer.distill_step()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ferdlib import _checks
 
@@ -19,8 +20,8 @@ class FrozenModel(nn.Module):
     """What `freeze_for_attack` returns: images to logits, in eval mode whatever is asked of it.
 
     Attributes:
-        folded, kept: names of the BatchNorm layers that are now part of a convolution, and of those that
-            are left, because what precedes them is none or is used elsewhere too.
+        folded: names of the BatchNorm layers that are now part of a convolution, with that one's.
+        kept: names of those that are left, because what precedes them is none or is used elsewhere too.
 
     Raises:
         RuntimeError: a forward with train mode forced upon it.
@@ -30,7 +31,7 @@ class FrozenModel(nn.Module):
         self,
         network: Any,
         *,
-        folded: tuple[str, ...],
+        folded: dict[str, str],
         kept: tuple[str, ...],
         channels_last: bool,
         autocast: torch.dtype | None,
@@ -60,6 +61,15 @@ class FrozenModel(nn.Module):
             logits = self.network(x)
         return logits.float()
 
+    def follow(self, model: nn.Module) -> None:
+        """Take over the present weights and statistics of the model that this is a copy of."""
+        theirs, layers = _tensors(model), dict(model.named_modules())
+        with torch.no_grad():
+            for norm, conv in self.folded.items():
+                theirs |= _fused(conv, layers[conv], layers[norm])
+            for name, value in _tensors(getattr(self.network, "_orig_mod", self.network)).items():
+                value.copy_(theirs[name])
+
     def extra_repr(self) -> str:
         return f"{len(self.folded)} of {len(self.folded) + len(self.kept)} BatchNorm layers folded"
 
@@ -81,12 +91,12 @@ def freeze_for_attack(
 
     The logits are those of the model in eval mode to about 1e-6 of their size in float32, so an attack may
     step another way where a gradient is near zero. The model itself is left alone, and what happens to it
-    later does not reach the copy.
+    later does not reach the copy but by `FrozenModel.follow`, which costs no more than copying the weights.
 
     Args:
         model: a module from images `(N, C, H, W)` to logits; for `fold_batchnorm` one that torch.fx can
             trace. Layers with hooks or parametrizations are not folded.
-        fold_batchnorm: fold into the convolutions, computed in float64.
+        fold_batchnorm: fold into the convolutions.
         channels_last: convert weights and images to that memory format, which most convolutions like better.
         compile: also `torch.compile`; a string is its mode, "reduce-overhead" captures CUDA graphs. The
             first forwards of each shape are slow then.
@@ -114,7 +124,7 @@ def freeze_for_attack(
         )
     _checks.choice(function, "autocast", autocast, (None, torch.bfloat16, torch.float16))
     network: Any = copy.deepcopy(model).eval().requires_grad_(False)
-    folded: tuple[str, ...] = ()
+    folded: dict[str, str] = {}
     if fold_batchnorm:
         try:
             network = fx.symbolic_trace(network)
@@ -134,13 +144,40 @@ def freeze_for_attack(
     )
 
 
-def _fold(network: fx.GraphModule) -> tuple[str, ...]:
-    """Fold every BatchNorm that alone reads a convolution of its own; their names."""
-    modules = dict(network.named_modules())
+def fast_copy(model: nn.Module) -> nn.Module:
+    """`freeze_for_attack(model)`, or the model itself where torch.fx cannot trace it."""
+    try:
+        return freeze_for_attack(model)
+    except ValueError as error:
+        logging.getLogger("ferdlib").info("%s; it is attacked as it is", error)
+        return model
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _fused(name: str, conv: Any, norm: Any) -> dict[str, Tensor]:
+    """Weight and bias of a convolution, by their names in the model, with the norm behind it."""
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    return {f"{name}.weight": weight, f"{name}.bias": bias}
+
+
+def _fold(network: fx.GraphModule) -> dict[str, str]:
+    """Fold every BatchNorm that alone reads a convolution of its own; norm to convolution."""
+    modules: dict[str, Any] = dict(network.named_modules())
     calls = Counter(
         id(modules[str(n.target)]) for n in network.graph.nodes if n.op == "call_module"
     )
-    folded = []
+    folded = {}
     for node in list(network.graph.nodes):
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
@@ -151,12 +188,13 @@ def _fold(network: fx.GraphModule) -> tuple[str, ...]:
             continue
         if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):
             continue
-        device, dtype = conv.weight.device, conv.weight.dtype
-        fused = fuse_conv_bn_eval(conv.cpu().double(), norm.cpu().double()).to(device, dtype)
-        network.set_submodule(str(source.target), fused.requires_grad_(False))
+        conv.weight, conv.bias = (
+            nn.Parameter(value.detach(), requires_grad=False)
+            for value in _fused(str(source.target), conv, norm).values()
+        )
         node.replace_all_uses_with(source)
         network.graph.erase_node(node)
-        folded.append(str(node.target))
+        folded[str(node.target)] = str(source.target)
     network.delete_all_unused_submodules()
     network.recompile()
-    return tuple(folded)
+    return folded

@@ -206,6 +206,14 @@ class FERDConfig:
     """Most images to keep; None keeps all. Paper: D grows."""
     pool_dtype: Literal["float32", "uint8"] = "float32"
     """How images are kept; uint8 rounds to 1/255. Release: float32."""
+    cache_teacher_logits: Literal["images", "crops", "none"] = "images"
+    """Teacher logits computed once per stored image, where nothing augments it; with "crops" also once per crop
+    and flip of an image. Papers: every time."""
+    cache_teacher_utae: Literal["exact", "joint", "none"] = "exact"
+    """Examples made on the teacher once per stored image, where that is exact: no augmentation, no random start;
+    "joint": always, and images and examples are augmented together. Paper: every time."""
+    fold_batchnorm: bool = True
+    """Attack copies of teacher and student with BatchNorm folded; logits differ by about 1e-6. Papers: no."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the models under autocast; losses stay in float32. Release: float32."""
 

@@ -18,9 +18,11 @@ from ferdlib import _checks, losses, reweight
 from ferdlib._modes import borrowed
 from ferdlib.attacks import least_pgd_steps, pgd
 from ferdlib.methods import FrozenTeacher, Method
+from ferdlib.models.freeze import FrozenModel, fast_copy
 from ferdlib.synthesis import ImagePool, Inversion, Source
 from ferdlib.synthesis.inversion import OptimizerFactory, adam
 from ferdlib.trainer import parts
+from ferdlib.trainer.cache import TeacherCache
 from ferdlib.trainer.config import FERDConfig
 from ferdlib.trainer.parts import Rule
 
@@ -128,7 +130,8 @@ class FERDTrainer:
         self.device = torch.device(device or next(student.parameters()).device)
         self.teacher, self.student = teacher.to(self.device), student.to(self.device)
         self.config = config
-        self._teacher_logits = FrozenTeacher(teacher)
+        self._fast_teacher = fast_copy(teacher) if config.fold_batchnorm else teacher
+        self._teacher_logits = FrozenTeacher(self._fast_teacher)
         if source is None:
             parts.check_logits(teacher, student, config, self.device)
             generator = generator or parts.fresh_generator(config, self.device, self._rng)
@@ -137,15 +140,16 @@ class FERDTrainer:
             )
         self.source: Source = source
         self.generator = generator
-        self.method: Method = method or parts.distillation(config, teacher, self._rng)
+        self.method: Method = method or parts.distillation(config, self._fast_teacher, self._rng)
         parts.check_method(self.method, validation)
         if getattr(self.method, "rng", self._rng) is None:
             self.method.rng = self._rng  # type: ignore[attr-defined]
         self._validation = validation
         self._attack = attack or self.method.attack
         self._rule = reweight or parts.rule(config)
-        self._augment = parts.augmentation(config, self._rng)
+        self._crops = parts.crops(config, self._rng)
         self.pool = ImagePool(config.pool_capacity, getattr(torch, config.pool_dtype))
+        self._cache = TeacherCache(self.pool, config, self.method, replaced=attack is not None)
         trained = [p for p in student.parameters() if p.requires_grad]
         self.student_optimizer = (student_optimizer or partial(parts.sgd, config))(trained)
         self._initial_rates = [group["lr"] for group in self.student_optimizer.param_groups]
@@ -222,16 +226,19 @@ class FERDTrainer:
         Raises:
             RuntimeError: the pool is empty.
         """
-        x, y = self.pool.sample(self.config.batch_size, rng=self._rng)
-        if self._augment is not None:
-            x = self._augment(x)
+        index = self.pool.draw(self.config.batch_size, rng=self._rng)
+        x, y = self.pool[index]
+        crops = None if self._crops is None else self._crops(len(x), device=x.device)
+        x = x if crops is None else crops(x)
         # A student in train mode keeps its own flags: layers that its owner froze stay frozen.
         training = None if self.student.training else True
         with (
             parts.precision(self.config, self.device),
             borrowed(self.student, training=training, freeze=False),
         ):
-            x_adv = self._attack(self.student, x, y)
+            x_adv = self._cache.recall(index, crops, x)
+            if x_adv is None:
+                x_adv = self._attack(self.student, x, y)
             loss = self.method.loss(self.student, x, x_adv, y).mean()
         self.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -335,10 +342,15 @@ class FERDTrainer:
         return stats
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self._fast_teacher, FrozenModel):
+            self._fast_teacher.follow(self.teacher)  # its owner may have loaded weights since
         return self.source.epoch(self.student, self.class_probabilities)
 
     def _store(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        self.pool.add(*batch)
+        x, y = self.pool.stored(batch[0]), batch[1]
+        with parts.precision(self.config, self.device):
+            columns = self._cache.columns(x, y, partial(self._attack, self.student))
+        self.pool.add(*batch, **columns)
         self._batch = batch
         return batch
 
@@ -357,9 +369,9 @@ class FERDTrainer:
         }
         means = reweight.ClassMean(config.num_classes)
         if config.reweighting.startswith("lps"):
-            means.update(least_pgd_steps(self.teacher, x, labels, **settings)[1], labels)
+            means.update(least_pgd_steps(self._fast_teacher, x, labels, **settings)[1], labels)
         else:
-            logits = self._teacher_logits(pgd(self.teacher, x, labels, **settings))
+            logits = self._teacher_logits(pgd(self._fast_teacher, x, labels, **settings))
             confidence = logits if config.margin_on == "logits" else logits.softmax(dim=1)
             means.update(losses.margin(confidence, labels), labels)
         return means.compute().cpu()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks, losses, reweight
 from ferdlib._modes import borrowed
-from ferdlib.augment import crop_flip
+from ferdlib.augment import Crops
 from ferdlib.bottleneck import split_at
 from ferdlib.methods import FERDDistillation, Method
 from ferdlib.synthesis import Generator, Inversion
@@ -83,6 +83,7 @@ def distillation(config: FERDConfig, teacher: nn.Module, rng: torch.Generator) -
         random_start=config.random_start,
         clean_weight=config.clean_weight,
         adv_weight=config.adv_weight,
+        fold_batchnorm=config.fold_batchnorm,
         rng=rng,
     )
 
@@ -122,11 +123,17 @@ def rule(config: FERDConfig) -> Rule | None:
     return rules[config.reweighting]
 
 
-def augmentation(config: FERDConfig, rng: torch.Generator) -> Callable[[Tensor], Tensor] | None:
+def crops(config: FERDConfig, rng: torch.Generator) -> Callable[..., Crops] | None:
+    """What draws the augmentation of a batch."""
     if config.augment == "none":
         return None
     flip = config.augment == "crop_flip"
-    return partial(crop_flip, padding=config.crop_padding, flip=flip, rng=rng)
+    return partial(Crops.draw, padding=config.crop_padding, flip=flip, rng=rng)
+
+
+def augmentation(config: FERDConfig, rng: torch.Generator) -> Callable[[Tensor], Tensor] | None:
+    draw = crops(config, rng)
+    return None if draw is None else lambda x: draw(len(x), device=x.device)(x)
 
 
 def fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generator) -> nn.Module:

@@ -1,0 +1,216 @@
+"""What the trainer computes once: the same numbers as computing it every time, and less work."""
+
+import copy
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from ferdlib.attacks import utae_pgd
+from ferdlib.augment import Crops
+from ferdlib.methods import create
+from ferdlib.models import FrozenModel, small_cnn
+from ferdlib.trainer import FERDConfig, FERDTrainer
+
+TINY = {
+    "num_classes": 3,
+    "layer": "layer4",
+    "image_shape": (1, 8, 8),
+    "epochs": 3,
+    "batch_size": 12,
+    "generator_steps": 2,
+    "generator_width": 4,
+    "latent_dim": 5,
+    "bottleneck_steps": 1,
+    "student_steps": 4,
+    "attack_steps": 3,
+    "margin_attack_steps": 2,
+    "crop_padding": 1,
+}
+OFF = {"cache_teacher_logits": "none", "cache_teacher_utae": "none", "fold_batchnorm": False}
+
+
+def make_models():
+    torch.manual_seed(5)
+    teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
+    digits = torch.tensor(load_digits().images[:64], dtype=torch.float32)[:, None] / 16
+    with torch.no_grad():
+        teacher.fc.weight.mul_(10)
+        for _ in range(30):
+            teacher(digits)
+    return teacher, student
+
+
+def make_trainer(preset="paper", **changes):
+    parts = {k: changes.pop(k) for k in list(changes) if k not in FERDConfig.__slots__}
+    config = getattr(FERDConfig, preset)(**(TINY | {"warmup_epochs": 0} | changes))
+    return FERDTrainer(*make_models(), config=config, **parts)
+
+
+def student_losses(trainer):
+    """Every step's, and the images that went through the teacher meanwhile."""
+    found, passed, plain = [], [], trainer.distill_step
+
+    def watched():
+        networks = {id(m): m for m in (trainer.teacher, trainer._fast_teacher)}.values()
+        hooks = [
+            m.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+            for m in networks
+        ]
+        found.append(plain())
+        for hook in hooks:
+            hook.remove()
+        return found[-1]
+
+    trainer.distill_step = watched
+    trainer.fit()
+    return torch.stack(found), sum(passed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("capacity", [None, 20])
+def test_paper_steps_ask_the_teacher_nothing(dtype, capacity):
+    settings = {"pool_dtype": dtype, "pool_capacity": capacity}
+    expected, before = student_losses(make_trainer(**settings, **OFF))
+    found, after = student_losses(make_trainer(**settings, fold_batchnorm=False))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert (before, after) == (12 * 12 * (1 + 3), 0)  # steps, images, passes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_columns_belong_to_their_images(dtype):
+    """Also after the oldest images gave way."""
+    trainer = make_trainer(pool_capacity=20, pool_dtype=dtype, fold_batchnorm=False)
+    trainer.fit()
+    assert len(trainer.pool) == 20
+    x, _ = trainer.pool[torch.arange(20)]
+    teacher = trainer.teacher.eval()
+    assert torch.allclose(trainer.pool.column("logits"), teacher(x), atol=1e-5)
+    settings = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 3, "random_start": None}
+    expected = utae_pgd(teacher, x, gamma=0.5, **settings)
+    assert torch.allclose(trainer.pool.column("examples"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "kept"),
+    [
+        ("paper", {}, {"logits", "examples"}),
+        ("paper", {"random_start": "normal"}, {"logits"}),
+        ("paper", {"attack_model": "student"}, {"logits"}),
+        ("paper", {"augment": "crop"}, set()),
+        ("paper", {"augment": "crop", "cache_teacher_utae": "joint"}, {"examples"}),
+        (
+            "paper",
+            {"random_start": "normal", "cache_teacher_utae": "joint"},
+            {"logits", "examples"},
+        ),
+        ("paper", {"attack": lambda student, x, y: x}, {"logits"}),
+        ("paper", OFF, set()),
+        ("released", {}, set()),
+        ("released", {"cache_teacher_logits": "crops"}, {"crop_logits"}),
+        ("released", {"cache_teacher_utae": "joint"}, set()),
+        ("released", {"augment": "none"}, {"logits"}),
+    ],
+)
+def test_what_is_kept(preset, changes, kept):
+    trainer = make_trainer(preset, **changes)
+    trainer.synthesize()
+    assert set(trainer.pool.state_dict()["columns"]) - {"images", "labels"} == kept
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "crop"])
+def test_crops_are_remembered(augment):
+    settings = {
+        "augment": augment,
+        "warmup_epochs": 1,
+        "fold_batchnorm": False,
+        "student_steps": 40,
+    }
+    expected, before = student_losses(make_trainer("released", **settings))
+    trainer = make_trainer("released", cache_teacher_logits="crops", **settings)
+    found, after = student_losses(trainer)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    table = trainer.pool.column("crop_logits")
+    known = ~table.isnan().any(dim=2)
+    assert (before, after) == (2 * 40 * 12, int(known.sum()))  # each once
+    assert after < before * 0.7
+    x, _ = trainer.pool[torch.arange(len(trainer.pool))]
+    for top, left, mirrored in ((0, 0, False), (1, 2, False), (2, 1, augment == "crop_flip")):
+        one = torch.ones(len(x), dtype=torch.int64)
+        crops = Crops(top * one, left * one, one.bool() & mirrored, padding=1)
+        number = int(crops.number[0])
+        logits = trainer.teacher.eval()(crops(x))
+        assert bool(known[:, number].any())
+        assert torch.allclose(table[known[:, number], number], logits[known[:, number]], atol=1e-5)
+
+
+def test_joint_examples_are_augmented_with_their_images():
+    trainer = make_trainer(augment="crop_flip", cache_teacher_utae="joint", student_lr=1e-9)
+    trainer.synthesize()
+    seen, plain = [], trainer.method.loss
+    trainer.method.loss = lambda s, x, x_adv, y: seen.append((x, x_adv)) or plain(s, x, x_adv, y)
+    trainer.distill_step()
+    ((x, x_adv),) = seen
+    assert 1e-3 < float((x_adv - x).abs().max()) <= 8 / 255 + 1e-6
+    padded = x.abs().sum(dim=(1, 2)) == 0  # columns of zeros that the crop brought in
+    assert bool(padded.any())
+    assert (
+        float(x_adv.abs().sum(dim=(1, 2))[padded].max()) == 0
+    )  # which an attack would have changed
+
+
+def test_resuming_with_columns_equals_not_stopping():
+    whole, first, second = make_trainer(), make_trainer(), make_trainer()
+    whole.fit()
+    next(first.epochs())
+    second.load_state_dict(first.state_dict())
+    second.fit()
+    for a, b in zip(
+        whole.student.state_dict().values(), second.student.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_other_methods_share_the_logits():
+    teacher, student = make_models()
+    method = create("rslad", 3, teacher=teacher, steps=2)
+    config = FERDConfig(**TINY, warmup_epochs=0, augment="none")
+    found, after = student_losses(FERDTrainer(teacher, student, config=config, method=method))
+    teacher, student = make_models()
+    method = create("rslad", 3, teacher=teacher, steps=2)
+    config = FERDConfig(**TINY, warmup_epochs=0, augment="none", cache_teacher_logits="none")
+    expected, before = student_losses(FERDTrainer(teacher, student, config=config, method=method))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert (before, after) == (12 * 12, 0)
+
+
+def test_the_fast_copies_follow():
+    """Weights that are loaded after the trainer was made, and the student's, which change at every step."""
+    trainer = make_trainer("released")
+    other = copy.deepcopy(trainer.teacher)
+    with torch.no_grad():
+        other.fc.weight.mul_(-1)
+    trainer.teacher.load_state_dict(other.state_dict())
+    trainer.fit()
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.allclose(trainer._fast_teacher(x), other.eval()(x), atol=1e-5)
+    method = trainer.method
+    attacked = method._fast(trainer.student)
+    assert isinstance(attacked, FrozenModel)
+    assert len(attacked.folded) == 4
+    assert torch.allclose(attacked(x), trainer.student.eval()(x), atol=1e-5)
+
+
+def test_a_student_that_cannot_be_traced_is_attacked_itself(caplog):
+    class Branching(type(make_models()[1])):
+        def forward(self, x):
+            return super().forward(x if x.sum() > -1 else -x)
+
+    teacher, student = make_models()
+    student.__class__ = Branching
+    config = FERDConfig(**TINY, warmup_epochs=0, augment="none")
+    trainer = FERDTrainer(teacher, student, config=config)
+    with caplog.at_level("INFO", logger="ferdlib"):
+        trainer.fit()
+    assert trainer.method._fast(student) is student
+    assert caplog.text.count("it is attacked as it is") == 1
