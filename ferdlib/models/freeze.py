@@ -25,6 +25,12 @@ class FrozenModel(nn.Module):
 
     Raises:
         RuntimeError: a forward with train mode forced upon it.
+
+    Example:
+        >>> from ferdlib.models import preact_resnet18
+        >>> fast = freeze_for_attack(preact_resnet18(10))  # of a block's two norms one follows a convolution
+        >>> len(fast.folded), len(fast.kept), fast.train().training
+        (8, 9, False)
     """
 
     def __init__(

@@ -2,15 +2,105 @@
 
 from __future__ import annotations
 
-from .harness import Group, Prepared, Settings
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ferdlib.models import small_cnn
+from ferdlib.synthesis import Generator
+from ferdlib.trainer import FERDConfig, FERDTrainer
+
+from .harness import Competitor, Goal, Group, Prepared, Settings
+from .problems import digits, train
+
+PAPER, PAPER_OURS = "paper() written to the letter", "paper(), FERDTrainer"
+RELEASED, RELEASED_OURS = "released() as the release does it", "released(), FERDTrainer"
+SIZES: dict[str, Any] = {
+    "num_classes": 10,
+    "layer": "layer4",
+    "image_shape": (1, 8, 8),
+    "epochs": 2,
+    "warmup_epochs": 0,
+    "batch_size": 128,
+    "generator_steps": 20,
+    "generator_width": 32,
+    "student_steps": 40,
+    "crop_padding": 1,
+}
+TEACHER_WIDTH, STUDENT_WIDTH = 32, 16  # four times the multiplications
 
 
 def prepare(settings: Settings) -> Prepared:
-    return Prepared(competitors={})
+    from ..reference_ferd import paper_epoch, released_epoch
+
+    torch.manual_seed(settings.seed)
+    seen, _ = digits(settings.seed, settings.device)
+    teacher = small_cnn(1, 10, width=TEACHER_WIDTH).to(settings.device)
+    teacher = train(teacher, seen, epochs=3, rng=settings.noise())
+    student = small_cnn(1, 10, width=STUDENT_WIDTH).to(settings.device)
+
+    def models(config: FERDConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
+        labels = config.num_classes if config.conditional_generator else None
+        torch.manual_seed(settings.seed)
+        generator = Generator(config.image_shape, width=config.generator_width, num_classes=labels)
+        return copy.deepcopy(teacher), copy.deepcopy(student), generator.to(settings.device)
+
+    def ours(config: FERDConfig) -> list[float]:
+        trainer = FERDTrainer(*models(config), config=config, seed=settings.seed)
+        return [stats.student_loss for stats in trainer.epochs()]
+
+    def letter(config: FERDConfig, epoch: Callable[..., Any]) -> list[float]:
+        parts = models(config)
+        rng, pool = torch.Generator().manual_seed(settings.seed), []
+        optimizer = torch.optim.SGD(
+            parts[1].parameters(),
+            lr=config.student_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+        p, found = torch.full((config.num_classes,), 1 / config.num_classes), []
+        for _ in range(config.epochs):
+            record = epoch(*parts, config, rng, pool, p, optimizer)
+            schedule.step()
+            p = record.class_probabilities
+            found.append(sum(record.student_losses) / len(record.student_losses))
+        return found
+
+    paper, released = FERDConfig.paper(**SIZES), FERDConfig.released(**SIZES)
+    competitors: dict[str, Competitor] = {
+        PAPER: partial(letter, paper, paper_epoch),
+        PAPER_OURS: partial(ours, paper),
+        RELEASED: partial(letter, released, released_epoch),
+        RELEASED_OURS: partial(ours, released),
+    }
+    return Prepared(competitors=competitors, check=check)
+
+
+def check(outcomes: dict[str, list[float]]) -> str:
+    said = []
+    for letter, ours in ((PAPER, PAPER_OURS), (RELEASED, RELEASED_OURS)):
+        pairs = zip(outcomes[letter], outcomes[ours], strict=True)
+        largest = max(abs(a - b) for a, b in pairs)
+        said.append(
+            f"{ours}: {', '.join(f'{v:.5f}' for v in outcomes[ours])}, off by {largest:.1e}"
+        )
+    return "Mean student losses of the epochs. " + "; ".join(said) + "."
 
 
 GROUP = Group(
-    about="Epochs of FERD written to the letter, and the same epochs by `FERDTrainer`.",
-    goals=(),
+    about=(
+        f"Two epochs of FERD on 8x8 images, batches of {SIZES['batch_size']}, {SIZES['generator_steps']} generator "
+        f"steps and {SIZES['student_steps']} student steps: small CNNs, the teacher of width {TEACHER_WIDTH}, the "
+        f"student of {STUDENT_WIDTH}."
+    ),
+    goals=(
+        Goal(PAPER, "/", PAPER_OURS, ">=", 5),
+        Goal(RELEASED, "/", RELEASED_OURS, ">=", 1.3),
+    ),
     prepare=prepare,
 )
