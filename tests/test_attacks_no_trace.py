@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ferdlib import losses
 from ferdlib.attacks import autoattack, cw_linf, fgsm, least_pgd_steps, pgd, utae_pgd
@@ -305,3 +307,26 @@ def test_autocast(mixed, attack):
     assert not torch.equal(x_adv, x)
     weight = mixed[9].weight
     assert torch.autograd.grad(student.float().square().sum(), weight)[0].abs().sum() > 0
+
+
+class HostReads(TorchDispatchMode):
+    """How often a value is read from a tensor, for which an accelerator would be waited."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attack", [pgd, least_pgd_steps], ids=lambda attack: attack.__name__)
+def test_no_step_waits_for_a_value(attack, tiny_model):
+    """With a loss that reads none: the library's own check labels, on the CPU alone."""
+    model, x, y = tiny_model(), batch(), torch.tensor([0, 1])
+    loss = partial(F.cross_entropy, reduction="none")
+    counts = []
+    for steps in (1, 9):
+        with HostReads() as reads:
+            attack(model, x, y, loss=loss, steps=steps)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0

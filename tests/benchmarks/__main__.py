@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from . import attacks, autoattack, early_stop, ferd, imports
+from . import attacks, autoattack, early_stop, ferd, growth, imports
 from .harness import Settings, run
 from .report import Report
 
@@ -27,6 +27,7 @@ GROUPS = {
     "autoattack": autoattack.GROUP,
     "ferd": ferd.GROUP,
     "import": imports.GROUP,
+    "growth": growth.GROUP,
 }
 
 

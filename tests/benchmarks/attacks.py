@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ferdlib.attacks import pgd
+from ferdlib.attacks import least_pgd_steps, pgd
 from ferdlib.models import resnet18
 
 from .harness import Competitor, Goal, Group, Prepared, Settings, available
@@ -18,6 +18,7 @@ EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 5
 
 BARE = "bare forward and input gradient"
 PGD, PGD_FAST = "ferdlib pgd", "ferdlib pgd on the fast copy"
+LPS = "ferdlib least_pgd_steps"
 TORCHATTACKS, FOOLBOX = "torchattacks PGD", "foolbox LinfPGD"
 
 
@@ -62,6 +63,9 @@ def prepare(settings: Settings) -> Prepared:
     builders = {
         BARE: bare,
         PGD: partial(ours, model),
+        LPS: partial(
+            partial, least_pgd_steps, model, x, y, eps=EPS, step_size=STEP_SIZE, steps=STEPS
+        ),
         PGD_FAST: ours_on_the_fast_copy,
         TORCHATTACKS: torchattacks_pgd,
         FOOLBOX: foolbox_pgd,
@@ -77,6 +81,7 @@ GROUP = Group(
     ),
     goals=(
         Goal(PGD, "/", BARE, "<=", 1.03),
+        Goal(LPS, "/", PGD, "<=", 1.03),
         Goal(TORCHATTACKS, "/", PGD_FAST, ">=", 1.5),
         Goal(FOOLBOX, "/", PGD_FAST, ">=", 2.8),
     ),

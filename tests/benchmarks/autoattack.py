@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 from pyautoattack import AutoAttack
-from torch import Tensor
+from torch import Tensor, nn
 
 from ferdlib.attacks import autoattack, pgd
-from ferdlib.models import small_cnn
+from ferdlib.models import freeze_for_attack, small_cnn
 
 from .harness import Goal, Group, Prepared, Settings
 from .problems import digits, train
@@ -18,7 +18,7 @@ from .problems import digits, train
 SAMPLES, BATCH_SIZE = 500, 250
 EPS, WIDTH, EPOCHS = 0.1, 16, 15
 
-OURS, OFFICIAL = "ferdlib autoattack", "pyautoattack"
+OURS, FAST, OFFICIAL = "ferdlib autoattack", "ferdlib autoattack on the fast copy", "pyautoattack"
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -31,22 +31,26 @@ def prepare(settings: Settings) -> Prepared:
     x, y = (tensor[:SAMPLES] for tensor in held_out)
     theirs = copy.deepcopy(model)  # FAB leaves gradients in its weights
 
-    def ours() -> Tensor:
+    fast = freeze_for_attack(model)
+
+    def ours(attacked: nn.Module) -> Tensor:
         return autoattack(
-            model, x, y, num_classes=10, eps=EPS, batch_size=BATCH_SIZE, seed=settings.seed
+            attacked, x, y, num_classes=10, eps=EPS, batch_size=BATCH_SIZE, seed=settings.seed
         ).robust
 
     def official() -> Tensor:
         suite = AutoAttack(theirs, device=x.device, eps=EPS, seed=settings.seed)
         return suite.run_standard_evaluation(x, y, batch_size=BATCH_SIZE)[1] == y
 
-    return Prepared(competitors={OURS: ours, OFFICIAL: official}, check=check)
+    competitors = {OURS: partial(ours, model), FAST: partial(ours, fast), OFFICIAL: official}
+    return Prepared(competitors=competitors, check=check)
 
 
 def check(outcomes: dict[str, Tensor]) -> str:
     robust = outcomes[OURS]
-    assert torch.equal(robust, outcomes[OFFICIAL]), f"{OURS} and {OFFICIAL} disagree"
-    return f"Both find the same {int(robust.sum())} of {len(robust)} digits robust."
+    for other in (FAST, OFFICIAL):
+        assert torch.equal(robust, outcomes[other]), f"{OURS} and {other} disagree"
+    return f"All find the same {int(robust.sum())} of {len(robust)} digits robust."
 
 
 GROUP = Group(
@@ -54,6 +58,6 @@ GROUP = Group(
         f"AutoAttack, version standard, on {SAMPLES} held-out digits of 8x8 pixels, eps {EPS}, in batches of "
         f"{BATCH_SIZE}; a small CNN of width {WIDTH} after {EPOCHS} epochs of adversarial training, float32."
     ),
-    goals=(Goal(OFFICIAL, "/", OURS, ">=", 1.3),),
+    goals=(Goal(OFFICIAL, "/", FAST, ">=", 1.3),),
     prepare=prepare,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ferdlib.models import small_cnn
+from ferdlib.models import create
 from ferdlib.synthesis import Generator
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -21,17 +21,17 @@ PAPER, PAPER_OURS = "paper() written to the letter", "paper(), FERDTrainer"
 RELEASED, RELEASED_OURS = "released() as the release does it", "released(), FERDTrainer"
 SIZES: dict[str, Any] = {
     "num_classes": 10,
-    "layer": "layer4",
+    "layer": "block3",
     "image_shape": (1, 8, 8),
-    "epochs": 2,
+    "epochs": 1,
     "warmup_epochs": 0,
-    "batch_size": 128,
-    "generator_steps": 20,
-    "generator_width": 32,
-    "student_steps": 40,
+    "batch_size": 64,
+    "generator_steps": 15,
+    "generator_width": 16,
+    "student_steps": 30,
     "crop_padding": 1,
 }
-TEACHER_WIDTH, STUDENT_WIDTH = 32, 16  # four times the multiplications
+TEACHER, STUDENT = "wide_resnet_16_4", "small_cnn_16"
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -39,9 +39,10 @@ def prepare(settings: Settings) -> Prepared:
 
     torch.manual_seed(settings.seed)
     seen, _ = digits(settings.seed, settings.device)
-    teacher = small_cnn(1, 10, width=TEACHER_WIDTH).to(settings.device)
-    teacher = train(teacher, seen, epochs=3, rng=settings.noise())
-    student = small_cnn(1, 10, width=STUDENT_WIDTH).to(settings.device)
+    teacher, student = (
+        create(name, 10, in_channels=1).to(settings.device) for name in (TEACHER, STUDENT)
+    )
+    teacher = train(teacher, seen, epochs=1, rng=settings.noise())
 
     def models(config: FERDConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
         labels = config.num_classes if config.conditional_generator else None
@@ -82,21 +83,15 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def check(outcomes: dict[str, list[float]]) -> str:
-    said = []
-    for letter, ours in ((PAPER, PAPER_OURS), (RELEASED, RELEASED_OURS)):
-        pairs = zip(outcomes[letter], outcomes[ours], strict=True)
-        largest = max(abs(a - b) for a, b in pairs)
-        said.append(
-            f"{ours}: {', '.join(f'{v:.5f}' for v in outcomes[ours])}, off by {largest:.1e}"
-        )
-    return "Mean student losses of the epochs. " + "; ".join(said) + "."
+    """Rounding grows from step to step; in float64 tests/test_reference_ferd.py compares them one by one."""
+    said = [f"{name} {losses[-1]:.4f}" for name, losses in outcomes.items()]
+    return f"Mean student loss of the epoch: {', '.join(said)}."
 
 
 GROUP = Group(
     about=(
-        f"Two epochs of FERD on 8x8 images, batches of {SIZES['batch_size']}, {SIZES['generator_steps']} generator "
-        f"steps and {SIZES['student_steps']} student steps: small CNNs, the teacher of width {TEACHER_WIDTH}, the "
-        f"student of {STUDENT_WIDTH}."
+        f"An epoch of FERD on 8x8 images, batches of {SIZES['batch_size']}, {SIZES['generator_steps']} generator "
+        f"and {SIZES['student_steps']} student steps; teacher {TEACHER}, student {STUDENT}."
     ),
     goals=(
         Goal(PAPER, "/", PAPER_OURS, ">=", 5),
