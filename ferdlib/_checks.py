@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ferdlib._shard import Rng, Shard
+
 
 def got(value: Any) -> str:
     """What came, in a few words: a tensor by dtype and shape, anything else by type and value."""
@@ -181,8 +183,8 @@ def per_sample(
     return value.detach().to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def generator(function: str, value: Any) -> torch.Generator | None:
-    if value is not None and not isinstance(value, torch.Generator):
+def generator(function: str, value: Any) -> Rng:
+    if value is not None and not isinstance(value, (torch.Generator, Shard)):
         raise TypeError(
             f"{function}: expected `rng` to be a torch.Generator or None, got {got(value)}"
         )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ferdlib import _checks
+from ferdlib._shard import drawn
 
 __all__ = ["Crops", "crop_flip"]
 
@@ -46,7 +47,11 @@ class Crops:
 
         def integers(high: int) -> Tensor:
             source = device if rng is None else rng.device
-            return torch.randint(high, (n,), generator=rng, device=source).to(device)
+
+            def draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+                return torch.randint(high, shape, generator=generator, device=source)
+
+            return drawn(draw, (n,), rng).to(device)
 
         top = integers(2 * padding + 1)
         mirrored = integers(2) == 1 if flip else torch.zeros_like(top, dtype=torch.bool)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ferdlib import _checks
 from ferdlib._modes import borrowed
+from ferdlib._shard import drawn
 from ferdlib.losses import cross_entropy
 
 __all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
@@ -199,6 +200,10 @@ def noise_scale(
     _checks.generator(name, rng)
     device = z.device if rng is None else rng.device
     shape = z.shape if noise == "element" else (*z.shape[:2], 1, 1)
+
+    def normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=z.dtype, device=device)
+
     with torch.inference_mode(False), torch.enable_grad(), borrowed(head):
         z, targets = z.detach().clone(), targets.clone()
         v = _spatial_variance(z).clamp(min=VARIANCE_GUARD)
@@ -207,7 +212,7 @@ def noise_scale(
         health = v.new_zeros(())
         for _ in range(steps):
             sigma = F.softplus(raw)
-            draw = torch.randn(shape, generator=rng, dtype=z.dtype, device=device).to(z.device)
+            draw = drawn(normal, tuple(shape), rng).to(z.device)
             logits = head((z + sigma[..., None, None] * draw).to(features.dtype))
             _checks.labels(name, targets, num_classes=logits.shape[1])
             ratio = v / sigma.square()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._modes import borrowed
+from ferdlib._shard import drawn
 from ferdlib.losses import cross_entropy
 
 Model = Callable[[Tensor], Any]
@@ -286,12 +287,17 @@ def _start(
         return random_start.detach().to(origin)
     _checks.choice(function, "random_start", random_start, ("uniform", "normal", None))
     device = origin.device if rng is None else rng.device
-    noise = torch.empty(origin.shape, dtype=origin.dtype, device=device)
-    if random_start == "normal":
-        return NORMAL_START_SCALE * noise.normal_(generator=rng).to(origin.device)
-    if isinstance(radius, float):
-        return noise.uniform_(-radius, radius, generator=rng).to(origin.device)
-    return radius * noise.uniform_(-1, 1, generator=rng).to(origin.device)
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        noise = torch.empty(shape, dtype=origin.dtype, device=device)
+        if random_start == "normal":
+            return NORMAL_START_SCALE * noise.normal_(generator=generator)
+        reach = radius if isinstance(radius, float) else 1.0
+        return noise.uniform_(-reach, reach, generator=generator)
+
+    start = drawn(draw, tuple(origin.shape), rng).to(origin.device)
+    scaled = random_start == "uniform" and isinstance(radius, Tensor)
+    return radius * start if scaled else start
 
 
 def rounded_inside(

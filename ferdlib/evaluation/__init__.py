@@ -17,6 +17,7 @@ from ferdlib.evaluation.intervals import (
 )
 from ferdlib.evaluation.paired import holm, mcnemar, paired_permutation
 from ferdlib.evaluation.protocols import PROTOCOLS, AttackSpec, Protocol
+from ferdlib.evaluation.ranks import gather, share
 from ferdlib.evaluation.report import RobustnessReport
 from ferdlib.evaluation.run import evaluate
 from ferdlib.evaluation.trust import Finding, trust_checks
@@ -33,11 +34,13 @@ __all__ = [
     "average_interval",
     "compare",
     "evaluate",
+    "gather",
     "holm",
     "mcnemar",
     "merge",
     "nsd_interval",
     "paired_permutation",
+    "share",
     "simultaneous_interval",
     "trust_checks",
     "wilson_interval",

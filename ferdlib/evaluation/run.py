@@ -287,7 +287,7 @@ class _Run:
         return {
             "versions": {
                 "ferdlib": ferdlib.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "pyautoattack": metadata.version("pyautoattack"),
                 "python": platform.python_version(),
             },

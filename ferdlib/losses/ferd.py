@@ -31,6 +31,9 @@ class BatchNormStatistics:
     Args:
         model: a module with at least one BatchNorm layer that tracks running statistics. It should
             be in eval mode, or its running statistics move with the batch that is compared to them.
+        across_ranks: take the statistics of the batches of all processes of `torch.distributed` together.
+            Every process must run the forward. Gradients are those of a loss that each process adds to a sum, as
+            DistributedDataParallel's mean of gradients wants it.
 
     Raises:
         TypeError: `model` is not a module.
@@ -45,12 +48,13 @@ class BatchNormStatistics:
         tensor(2.8284)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, across_ranks: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"BatchNormStatistics: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
             )
         self._model = model
+        self._across_ranks = across_ranks
         self._layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         if not self._layers:
             raise ValueError(
@@ -91,6 +95,8 @@ class BatchNormStatistics:
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
         reduced = [d for d in range(x.ndim) if d != 1]
         variance, mean = torch.var_mean(x, dim=reduced, correction=0)
+        if self._across_ranks:
+            variance, mean = _of_all_ranks(variance, mean, x.numel() // x.shape[1])
         self._seen[layer] = torch.linalg.vector_norm(
             mean - layer.running_mean
         ) + torch.linalg.vector_norm(variance - layer.running_var)
@@ -107,6 +113,18 @@ class BatchNormStatistics:
                 "got none that reached a BatchNorm layer"
             )
         return torch.stack(list(self._seen.values())).sum()
+
+
+def _of_all_ranks(variance: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean of the samples of all processes, from each one's own and their number."""
+    from torch.distributed.nn.functional import all_reduce
+
+    n = torch.full((1,), float(count), dtype=mean.dtype, device=mean.device)
+    sums = all_reduce(torch.cat([n, n * mean]))
+    common = sums[1:] / sums[0].detach()
+    # Squares around the common mean, of which few digits are lost.
+    squares = all_reduce(n * (variance + (mean - common).square()))
+    return squares / sums[0].detach(), common
 
 
 def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
