@@ -16,7 +16,7 @@ from .harness import Goal, Group, Prepared, Settings
 from .problems import digits, train
 
 SAMPLES, BATCH_SIZE = 500, 250
-EPS, WIDTH, EPOCHS = 0.1, 16, 15
+EPS, WIDTH, EPOCHS = 0.2, 8, 15
 
 OURS, FAST, OFFICIAL = "ferdlib autoattack", "ferdlib autoattack on the fast copy", "pyautoattack"
 
