@@ -7,15 +7,16 @@
 Settings and schedule are those of the method's paper, or with `--preset released` of its authors' code (`--clip`
 is always theirs); another number of epochs moves all dates in proportion. The epoch that is kept has the largest
 sum of average and worst class under PGD-10 on images held out of the training set. The test images measure the
-student that was kept.
+student that was kept. A run that was stopped or killed goes on with the same options and `--resume auto`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,20 +25,32 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from ard_setup import Data, Run, Work, begin, checkpoint, digests, prepare, resolved, resume
+from ard_setup import (
+    Data,
+    Run,
+    Work,
+    begin,
+    checkpoints,
+    digests,
+    prepare,
+    resolved,
+    resume,
+    state_of,
+)
 from ferdlib.augment import crop_flip
 from ferdlib.evaluation import PROTOCOLS, AttackResult, Protocol, evaluate
 from ferdlib.methods import METHODS
-from files import write, write_model
+from files import write_model
 from image_data import AUGMENTATIONS, Images, Source
+from long_run import Options, Stop, clear, interruptible, saved
 from train_teacher import precision
 
 Name = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 Value = None | bool | int | float | str
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
     """Train or distil a robust student, and attack it class by class."""
 
     method: Name = "fair-ard"
@@ -108,11 +121,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     out: Path = Path("runs/ard")
-    """Folder for checkpoint.pt, student.pt, report.json, and the teachers that are trained in place."""
-    resume: bool = False
-    """Continue from the checkpoint in --out, made with the same options."""
-    max_minutes: float | None = None
-    """Stop after the student's epoch during which this many minutes have passed; --resume goes on."""
+    """Folder for checkpoints, student.pt, report.json, and the teachers that are trained in place."""
     smoke: bool = False
     """Two epochs of tiny models and short attacks, wherever nothing else is given."""
 
@@ -127,17 +136,21 @@ class Epoch:
     seconds: float
 
 
-def train(run: Run, data: Data) -> Iterator[Epoch]:
-    """Train to the last epoch."""
+def train(run: Run, data: Data, stop: Callable[[], bool] = lambda: False) -> Iterator[Epoch]:
+    """Train to the last epoch, or until `stop` says so between steps."""
     args, method, student = run.args, run.method, run.student
     augment = AUGMENTATIONS[args.data] if args.augment == "auto" else args.augment
-    steps = len(data.train) // args.batch_size
+    size, steps = args.batch_size, len(data.train) // args.batch_size
     while run.epoch < args.epochs:
         start, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
-        total = torch.zeros((), device=args.device)
+        if not len(run.left):
+            run.left = torch.randperm(len(data.train), generator=run.rng)[: steps * size]
+            run.total.zero_()
         student.train()
-        order = torch.randperm(len(data.train), generator=run.rng)
-        for index in order[: steps * args.batch_size].split(args.batch_size):
+        while len(run.left):
+            if stop():
+                return
+            index, run.left = run.left[:size], run.left[size:]
             x, y = data.train.batch(index, args.device)
             if augment != "none":
                 x = crop_flip(x, flip=augment == "crop_flip", rng=run.rng)
@@ -147,14 +160,14 @@ def train(run: Run, data: Data) -> Iterator[Epoch]:
             run.optimizer.zero_grad()
             loss.backward()
             run.optimizer.step()
-            total += loss.detach()
+            run.total += loss.detach()
         run.schedule.step()
         if hasattr(method, "validate"):
             parts = torch.arange(len(data.val)).split(args.batch_size)
             method.validate(student, (data.val.batch(part, args.device) for part in parts))
         method.end_epoch()
         run.epoch += 1
-        mean = float(total) / steps
+        mean = float(run.total) / steps
         if not mean < float("inf"):
             raise RuntimeError(f"the loss became {mean} in epoch {run.epoch}; lower --lr")
         yield Epoch(mean, lr, keep_best(run, data.val), time.perf_counter() - start)
@@ -194,42 +207,46 @@ def selected(run: Run) -> nn.Module:
     return run.student.eval()
 
 
-def shown(run: Run, data: Data, name: str) -> Iterator[Epoch]:
-    """`train` with a bar."""
-    with tqdm(total=run.args.epochs, initial=run.epoch, unit="epoch", desc=name) as bar:
-        for epoch in train(run, data):
+def distil(work: Work, args: Args, stop: Stop) -> Run:
+    """The teachers that are missing, then the student; the run that was stopped, or the student's."""
+    teachers, sizes = dict(work.teachers), work.data.sizes
+    for name, run in work.untrained.items():
+        go(run, work.data, name, {}, stop)
+        if run.epoch < run.args.epochs or stop():
+            return run
+        teachers[name] = selected(run)
+        architecture = run.args.student
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_model(teachers[name], args.out / f"{name}.pt", architecture=architecture, **sizes)
+    run, known = begin(args, work.data, teachers), digests(teachers)
+    resume(run, "student", known)
+    go(run, work.data, "student", known, stop)
+    return run
+
+
+def go(run: Run, data: Data, name: str, teachers: Mapping[str, str], stop: Stop) -> None:
+    """Train a student or a teacher to the last epoch, or until it is stopped, with a checkpoint then."""
+    args, student = run.args, name == "student"
+    log = scalars(args.out / "tensorboard") if args.tensorboard and student else None
+    epochs = saved(
+        run,
+        partial(train, run, data),
+        lambda: state_of(run, teachers),
+        checkpoints=checkpoints(args, name),
+        every=args.checkpoint_every,
+        stop=stop,
+    )
+    title = args.method if student else name.replace("_", " ")
+    with tqdm(total=args.epochs, initial=run.epoch, unit="epoch", desc=title) as bar:
+        for epoch in epochs:
             found = epoch.held_out
             bar.update()
             bar.set_postfix_str(
                 f"loss {epoch.loss:.3f}, held out: {found.name} {100 * found.average:.1f}, "
                 f"worst class {100 * found.worst_class:.1f}"
             )
-            yield epoch
-
-
-def distil(work: Work, args: Args) -> Run:
-    """The teachers that are missing, then the student, with a checkpoint after each epoch."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    teachers, sizes = dict(work.teachers), work.data.sizes
-    for name, run in work.untrained.items():
-        for _ in shown(run, work.data, name.replace("_", " ")):
-            pass
-        teachers[name] = selected(run)
-        architecture = run.args.student
-        write_model(teachers[name], args.out / f"{name}.pt", architecture=architecture, **sizes)
-    run, known = begin(args, work.data, teachers), digests(teachers)
-    if args.resume:
-        resume(run, args, known)
-    log = scalars(args.out / "tensorboard") if args.tensorboard else None
-    start = time.perf_counter()
-    for epoch in shown(run, work.data, args.method):
-        write(checkpoint(run, known), args.out / "checkpoint.pt")
-        if log is not None:
-            log(run.epoch, epoch)
-        minutes = (time.perf_counter() - start) / 60
-        if args.max_minutes is not None and minutes > args.max_minutes:
-            break
-    return run
+            if log is not None:
+                log(run.epoch, epoch)
 
 
 def scalars(folder: Path) -> Callable[[int, Epoch], None]:
@@ -267,7 +284,8 @@ def test(run: Run, work: Work) -> None:
     report.save(args.out / "report.json")
     kept = f"epoch {run.best['epoch']} of {args.epochs}"
     print(f"\n{args.method}, {args.preset}, {args.student}, {kept}:\n{report}\n")
-    names = ["student.pt", "checkpoint.pt", *(f"{name}.pt" for name in work.untrained)]
+    clear(args.out / "checkpoints")
+    names = ["student.pt", *(f"{name}.pt" for name in work.untrained)]
     print(f"written to {args.out}/: {', '.join(names)}, report.json")
 
 
@@ -277,15 +295,17 @@ def main(args: Args) -> None:
         work = prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"ard: {' '.join(str(error).split())}")
-    try:
-        run = distil(work, args)
-    except (RuntimeError, OSError) as error:  # weights or losses that became NaN, a full disk
-        sys.exit(f"ard: {' '.join(str(error).split())}")
-    if run.epoch < args.epochs:
-        print(f"stopped after epoch {run.epoch} of {args.epochs}; --resume goes on")
+    with Stop(args.max_minutes) as stop:
+        try:
+            run = distil(work, args, stop)
+        except (RuntimeError, ValueError, OSError) as error:  # a NaN, other teachers, a full disk
+            sys.exit(f"ard: {' '.join(str(error).split())}")
+    if run.epoch < run.args.epochs or stop():
+        stop.leave(f"after epoch {run.epoch} of {run.args.epochs}")
     else:
         test(run, work)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with interruptible():
+        main(tyro.cli(Args))

@@ -15,8 +15,9 @@ from ferdlib import methods
 from ferdlib.evaluation import PROTOCOLS
 from ferdlib.methods import METHODS, MTARD, Adversarial, Distilled, Fair, FairAverage, recipe
 from ferdlib.models import create
-from files import read
+from ferdlib.trainer import Checkpoints
 from image_data import Images, chosen, load, stratified
+from long_run import FREE, check, check_options, found
 from model_sources import check_model, read_model
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ class Data:
 
 @dataclass
 class Run:
-    """All that the next epoch depends on, beside the data; `best` is the epoch that is kept."""
+    """All that the next step depends on, beside the data; `best` is the epoch that is kept.
+
+    Of the epoch that is under way, `left` are the images to come and `total` is the sum of the losses.
+    """
 
     args: Args
     method: Adversarial
@@ -63,6 +67,8 @@ class Run:
     average: FairAverage | None
     epoch: int = 0
     best: dict[str, Any] = field(default_factory=lambda: {"figure": -1.0})
+    left: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def _parts(self) -> dict[str, Any]:
         names = ("method", "student", "optimizer", "schedule", "average")
@@ -70,13 +76,15 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         states = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**states, "rng": self.rng.get_state(), "epoch": self.epoch, "best": self.best}
+        own = {"rng": self.rng.get_state(), "epoch": self.epoch, "best": self.best}
+        return {**states, **own, "left": self.left.clone(), "total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.rng.set_state(state["rng"])
         self.epoch, self.best = state["epoch"], state["best"]
+        self.left, self.total = state["left"], state["total"].to(self.args.device)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ def begin(args: Args, data: Data, teachers: Mapping[str, nn.Module]) -> Run:
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [*map(moved, paper.milestones)])
     averaged = args.method == "cfa-ard" if args.fair_average is None else args.fair_average
     average = FairAverage(student) if averaged else None
-    return Run(args, method, student, optimizer, schedule, rng, average)
+    total = torch.zeros((), device=args.device)
+    return Run(args, method, student, optimizer, schedule, rng, average, total=total)
 
 
 def teacher_args(args: Args, name: str) -> Args:
@@ -161,6 +170,7 @@ def teacher_args(args: Args, name: str) -> Args:
 
 def prepare(args: Args) -> Work:
     """Everything that can be wrong with the input is found here, before anything is written."""
+    check(args)
     images = load(args.data, args.root, "train", download=args.download)
     test = load(args.data, args.root, "test", download=args.download)
     if test.class_names != images.class_names:
@@ -186,8 +196,7 @@ def prepare(args: Args) -> Work:
     teachers, untrained = find_teachers(args, data)
     run = begin(args, data, teachers | {name: other.student for name, other in untrained.items()})
     probe(run, data)
-    if args.resume:
-        resume(run, args, digests(teachers))
+    resume(run, "student", digests(teachers))
     return Work(data, tested, teachers, untrained)
 
 
@@ -201,53 +210,51 @@ def probe(run: Run, data: Data) -> None:
 
 
 def find_teachers(args: Args, data: Data) -> tuple[dict[str, nn.Module], dict[str, Run]]:
-    """Those that the method wants: read, or to be trained."""
+    """Those that the method wants: read, or to be trained, or trained to the end or a part of it."""
     teachers, untrained = {}, {}
     kind = METHODS[args.method]
     wanted = {"teacher": issubclass(kind, Distilled), "natural_teacher": issubclass(kind, MTARD)}
     for name, is_wanted in wanted.items():
-        given, made = getattr(args, name), args.out / f"{name}.pt"
+        given = getattr(args, name)
         if given is not None and not is_wanted:
             raise ValueError(f"expected no --{name.replace('_', '-')} for {args.method}, got one")
         if given is not None:
             architecture = args.teacher_architecture
             teachers[name] = read_model(given, architecture=architecture, **data.sizes)
             check_model(teachers[name], data.train.batch(slice(0, 2))[0], data.sizes["num_classes"])
-        elif is_wanted and args.resume:
-            teachers[name] = read_model(made, architecture=None, **data.sizes)
         elif is_wanted:
             untrained[name] = begin(teacher_args(args, name), data, {})
+            resume(untrained[name], name, {})
     return teachers, untrained
 
 
-def checkpoint(run: Run, teachers: Mapping[str, str]) -> dict[str, Any]:
+def checkpoints(args: Args, name: str) -> Checkpoints:
+    """Of the student, or of a teacher that is trained in place."""
+    return Checkpoints(args.out / "checkpoints" / name, keep=args.keep_checkpoints)
+
+
+def state_of(run: Run, teachers: Mapping[str, str]) -> dict[str, Any]:
     """All that `resume` needs; of the teachers, the `digests`."""
     return {"args": options(run.args), "teachers": dict(teachers), "run": run.state_dict()}
 
 
-def resume(run: Run, args: Args, teachers: Mapping[str, str]) -> None:
-    """Continue a run from the checkpoint in --out.
+def resume(run: Run, name: str, teachers: Mapping[str, str]) -> None:
+    """Continue a run from its newest checkpoint, if --resume says so and there is one.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, or one that was made otherwise.
+        ValueError: a checkpoint that is damaged, or was made otherwise.
     """
-    path = args.out / "checkpoint.pt"
-    state = read(path, {"args", "teachers", "run"})
-    ours = options(args)
-    differing = [name for name in ours if state["args"].get(name) != ours[name]]
-    differing += [name for name in teachers if state["teachers"].get(name) != teachers[name]]
-    if differing:
-        raise ValueError(
-            f"expected the options that {str(path)!r} was made with, got others for "
-            f"{', '.join('--' + name.replace('_', '-') for name in differing)}"
-        )
-    run.load_state_dict(state["run"])
+    keys = {"args", "teachers", "run"}
+    state = found(checkpoints(run.args, name), run.args.resume, keys)
+    if state is not None:
+        check_options(state["args"] | state["teachers"], options(run.args) | {**teachers})
+        run.load_state_dict(state["run"])
 
 
 def options(args: Args) -> dict[str, Any]:
     """Those that the weights depend on, beside the teachers."""
     free = {"root", "download", "teacher", "natural_teacher", "teacher_architecture", "test_images"}
-    free |= {"autoattack", "tensorboard", "device", "out", "resume", "max_minutes"}
+    free |= FREE | {"autoattack", "tensorboard", "device", "out"}
     return {name: value for name, value in asdict(args).items() if name not in free}
 
 

@@ -5,7 +5,8 @@
     python examples/cifar10_ferd.py --smoke        # two tiny epochs on generated images, on any machine
 
 `--preset` sets every option of FERD at once (default: ferdlib's recommended ones; paper: the text to the
-letter; released: what the authors' code computes), each option given beside it changes one.
+letter; released: what the authors' code computes), each option given beside it changes one. A run that was
+stopped or killed goes on with the same options and `--resume auto`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import hashlib
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +32,10 @@ from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate
 from ferdlib.models import create
 from ferdlib.models.checkpoint import PUBLISHED
 from ferdlib.plots import plot_images
-from ferdlib.trainer import EpochStats, FERDConfig, FERDTrainer
-from files import read, write, write_model
+from ferdlib.trainer import Checkpoints, EpochStats, FERDConfig, FERDTrainer
+from files import write_model
 from image_data import SHAPES, Images, Source, chosen, load
+from long_run import Options, Stop, check, check_options, clear, found, interruptible, saved
 from model_sources import normalized, read_model
 
 PRESETS = {"default": FERDConfig, "paper": FERDConfig.paper, "released": FERDConfig.released}
@@ -52,8 +53,8 @@ SMOKE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
     """Distil a robust student without data (FERD), and attack it class by class."""
 
     ferd: Annotated[FERDConfig, tyro.conf.arg(name="")]
@@ -86,18 +87,17 @@ class Args:
     """Memory format of the models; faster on recent GPUs."""
     tensorboard: bool = False
     """Write the progress of each epoch for TensorBoard, under OUT/tensorboard."""
+    resume: Literal["auto"] | Path | None = None
+    """auto: continue from the newest checkpoint in --out, made with the same options, or start if there is
+    none; a path: continue from that one."""
     checkpoint_every: int = 10
-    """Epochs between checkpoints, and after the last one."""
-    resume: Path | None = None
-    """Checkpoint to continue from, made with the same options."""
-    max_minutes: float | None = None
-    """Write a checkpoint and stop after the epoch during which this many minutes have passed."""
+    """Epochs between checkpoints; there is also one after the last epoch, and where the run is stopped."""
     seed: int = 0
     """Of the student's weights and all noise. Paper: five runs; release: 0."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     out: Path = Path("runs/cifar10_ferd")
-    """Folder for checkpoint.pt, student.pt, the reports of teacher and student, and synthetic.png."""
+    """Folder for checkpoints, student.pt, the reports of teacher and student, and synthetic.png."""
     smoke: bool = False
     """Two epochs of tiny sizes on generated images, with a tiny teacher unless one is given."""
 
@@ -148,6 +148,7 @@ def tiny_teacher(args: Args) -> Path:
         val_images=10,
         attack_steps=3,
         device=args.device,
+        out=args.root,
     )
     training, _, _ = train_teacher.prepare(settings)
     for _ in training.epochs():
@@ -195,8 +196,7 @@ def prepare(args: Args) -> tuple[FERDTrainer, Dataset[Any], tuple[str, ...]]:
                 f"expected --{name.replace('_', '-')} to be the data's, {value}, got "
                 f"{getattr(args.ferd, name)}"
             )
-    if args.checkpoint_every < 1:
-        raise ValueError(f"expected --checkpoint-every of at least 1, got {args.checkpoint_every}")
+    check(args)
     protocol(args)  # refuses a radius of 0
     tested = chosen(images, args.test_images, args.seed)
     teacher = load_teacher(args, images)
@@ -208,31 +208,31 @@ def prepare(args: Args) -> tuple[FERDTrainer, Dataset[Any], tuple[str, ...]]:
     config = args.ferd
     if not config.layer:
         config = replace(config, layer=teacher.feature_layers[-1])
-    trainer = FERDTrainer(teacher, student, config=config, seed=args.seed, device=args.device)
-    if args.resume is not None:
-        resume(trainer, args)
+    trainer = FERDTrainer(
+        teacher, student, config=config, seed=args.seed, device=args.device, diagnostics=args.out
+    )
+    resume(trainer, args)
     return trainer, tested, images.class_names
 
 
-def save(trainer: FERDTrainer, args: Args) -> None:
-    write_model(
-        trainer.student,
-        args.out / "student.pt",
-        architecture=args.student,
-        num_classes=args.ferd.num_classes,
-        in_channels=args.ferd.image_shape[0],
-    )
-    checkpoint = {"teacher": digest(args.teacher), "trainer": trainer.state_dict()}
-    write(checkpoint, args.out / "checkpoint.pt")
+def checkpoints(args: Args) -> Checkpoints:
+    return Checkpoints(args.out / "checkpoints", keep=args.keep_checkpoints)
+
+
+def state_of(trainer: FERDTrainer, args: Args) -> dict[str, Any]:
+    options = {"seed": args.seed, "student": args.student, "channels_last": args.channels_last}
+    return {
+        "options": options | {"teacher": digest(args.teacher)},
+        "trainer": trainer.state_dict(),
+    }
 
 
 def resume(trainer: FERDTrainer, args: Args) -> None:
-    state = read(args.resume, {"teacher", "trainer"})
-    if state["teacher"] != digest(args.teacher):
-        raise ValueError(
-            f"expected the teacher that {str(args.resume)!r} was made with, got another file"
-        )
-    trainer.load_state_dict(state["trainer"])
+    ours = state_of(trainer, args)
+    state = found(checkpoints(args), args.resume, set(ours))
+    if state is not None:
+        check_options(state["options"], ours["options"])
+        trainer.load_state_dict(state["trainer"])
 
 
 def digest(path: Path | None) -> str:
@@ -240,12 +240,20 @@ def digest(path: Path | None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def train(trainer: FERDTrainer, args: Args) -> bool:
-    """Whether the last epoch was reached."""
-    start, epochs = time.perf_counter(), trainer.config.epochs
+def train(trainer: FERDTrainer, args: Args, stop: Stop) -> None:
+    """To the last epoch, or until it is stopped, with a checkpoint then."""
     log = scalars(args.out / "tensorboard") if args.tensorboard else None
-    with tqdm(total=epochs, initial=trainer.epoch, unit="epoch", desc="FERD") as bar:
-        for stats in trainer.epochs():
+    epochs = saved(
+        trainer,
+        lambda stop: trainer.epochs(stop=stop),
+        lambda: state_of(trainer, args),
+        checkpoints=checkpoints(args),
+        every=args.checkpoint_every,
+        stop=stop,
+    )
+    count = trainer.config.epochs
+    with tqdm(total=count, initial=trainer.epoch, unit="epoch", desc="FERD") as bar:
+        for stats in epochs:
             bar.update()
             bar.set_postfix_str(
                 ("warm-up" if stats.warmup else f"loss {stats.student_loss:.3f}")
@@ -255,14 +263,6 @@ def train(trainer: FERDTrainer, args: Args) -> bool:
             )
             if log is not None:
                 log(stats)
-            late = (
-                args.max_minutes is not None and time.perf_counter() - start > 60 * args.max_minutes
-            )
-            if late or stats.epoch % args.checkpoint_every == 0 or stats.epoch == epochs:
-                save(trainer, args)
-            if late:
-                break
-    return trainer.epoch == epochs
 
 
 def scalars(folder: Path) -> Callable[[EpochStats], None]:
@@ -298,6 +298,13 @@ def report(
     trainer: FERDTrainer, tested: Dataset[Any], class_names: tuple[str, ...], args: Args
 ) -> None:
     """Teacher and student class by class, and synthetic images of the first ten classes."""
+    write_model(
+        trainer.student,
+        args.out / "student.pt",
+        architecture=args.student,
+        num_classes=args.ferd.num_classes,
+        in_channels=args.ferd.image_shape[0],
+    )
     reports = {}
     for name, model in {"teacher": trainer.teacher, "student": trainer.student}.items():
         tqdm.write(f"{name} on the test images", file=sys.stderr)
@@ -321,7 +328,7 @@ def report(
     shown = y < len(names)
     axes = plot_images(x[shown], y[shown], num_classes=len(names), class_names=names)
     axes.figure.savefig(args.out / "synthetic.png", dpi=150)
-    written = "student.pt, checkpoint.pt, report-teacher.json, report-student.json, synthetic.png"
+    written = "student.pt, report-teacher.json, report-student.json, synthetic.png"
     print(f"{args.preset}, seed {args.seed}; written to {args.out}/: {written}")
 
 
@@ -338,15 +345,19 @@ def main(argv: list[str]) -> None:
             trainer, tested, class_names = prepare(args)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             sys.exit(f"cifar10_ferd: {error}")
+        with Stop(args.max_minutes) as stop:
+            try:
+                train(trainer, args, stop)
+            except (RuntimeError, OSError) as error:  # numbers that became NaN, a full disk
+                sys.exit(f"cifar10_ferd: {error}")
+        if trainer.epoch < trainer.config.epochs or stop():
+            stop.leave(f"after epoch {trainer.epoch} of {trainer.config.epochs}")
+            return
         args.out.mkdir(parents=True, exist_ok=True)
-        if train(trainer, args):
-            report(trainer, tested, class_names, args)
-        else:
-            print(
-                f"stopped after epoch {trainer.epoch} of {trainer.config.epochs}; "
-                f"--resume {args.out / 'checkpoint.pt'} goes on"
-            )
+        report(trainer, tested, class_names, args)
+        clear(args.out / "checkpoints")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with interruptible():
+        main(sys.argv[1:])

@@ -355,11 +355,13 @@ def main(args: Args) -> None:
         sys.exit(f"fair_ard_table: {' '.join(str(error).split())}")
     try:
         work_off(stages, args)
-    except (RuntimeError, OSError) as error:  # weights or losses that became NaN, a full disk
+        reports: Reports = {
+            task: RobustnessReport.load(report_file(args, task))
+            for tasks in stages
+            for task in tasks
+        }
+    except (RuntimeError, ValueError, OSError) as error:  # a NaN, a damaged file, a full disk
         sys.exit(f"fair_ard_table: {' '.join(str(error).split())}")
-    reports: Reports = {
-        task: RobustnessReport.load(report_file(args, task)) for tasks in stages for task in tasks
-    }
     table = text(reports, args)
     print(f"\n{table}")
     (args.out / "table.md").write_text(table, "utf-8")

@@ -1,20 +1,12 @@
-"""Files that the examples write and read: each whole or not at all, and weights only."""
+"""Weights that the examples write: each file whole or not at all."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-
-
-def write(content: Any, path: Path) -> None:
-    """Whatever happens on the way, `path` holds the old content or the new."""
-    partial_file = path.with_name(f"{path.name}.partial")
-    torch.save(content, partial_file)
-    os.replace(partial_file, path)
 
 
 def write_model(
@@ -27,22 +19,9 @@ def write_model(
         "in_channels": in_channels,
         "state_dict": model.state_dict(),
     }
-    write(content, path)
-
-
-def read(path: Path, keys: set[str]) -> dict[str, Any]:
-    """A checkpoint of the script that asks, which it knows by its keys; nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint to resume, got no file {str(path)!r}")
+    partial_file = path.with_name(f"{path.name}.partial")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"expected a complete checkpoint, got {str(path)!r}") from error
-    if not isinstance(content, dict) or content.keys() != keys:
-        raise ValueError(f"expected a checkpoint of this script, got {str(path)!r}")
-    return content
+        torch.save(content, partial_file)
+        os.replace(partial_file, path)
+    finally:
+        partial_file.unlink(missing_ok=True)

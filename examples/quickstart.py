@@ -7,6 +7,7 @@ digits. The models are chosen by nothing: the last epoch counts, and the test di
     python examples/quickstart.py                # the tables and three pictures, under runs/
     python examples/quickstart.py --ablate       # the rows with and without each of FERD's parts
     python examples/quickstart.py --autoattack   # one more column, and many more minutes
+    python examples/quickstart.py --resume auto  # go on with a run that was stopped or killed
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from ferdlib.attacks import pgd
 from ferdlib.evaluation import PROTOCOLS, RobustnessReport, compare, evaluate
 from ferdlib.models import small_cnn
 from ferdlib.plots import plot_classes, plot_images, plot_weights
-from ferdlib.trainer import FERDConfig, FERDTrainer
+from ferdlib.trainer import Checkpoints, FERDConfig, FERDTrainer
 from files import write_model
+from long_run import Options, Stop, check, check_options, clear, found, interruptible, saved
 
 # Threat model: L-infinity, a tenth of the grey scale; steps of a quarter of that.
 EPS, STEP_SIZE = 0.1, 0.025
@@ -52,8 +54,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
 Data = tuple[Tensor, Tensor]
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
     """Train a robust teacher on digits, distil a student from it without data, attack both."""
 
     seed: int = 0
@@ -67,7 +69,7 @@ class Args:
     epochs: int = 30
     """Epochs of the distillation, three of them warm-up."""
     out: Path = Path("runs/quickstart")
-    """Folder for the pictures, the reports and the student's weights."""
+    """Folder for checkpoints, the pictures, the reports and the student's weights."""
 
 
 def digits(seed: int) -> dict[str, Data]:
@@ -130,13 +132,48 @@ def config(epochs: int, **changes: object) -> FERDConfig:
     return FERDConfig(**(settings | changes))  # type: ignore[arg-type]
 
 
-def distil(teacher: nn.Module, settings: FERDConfig, seed: int, name: str) -> FERDTrainer:
+def checkpoints(args: Args, name: str) -> Checkpoints:
+    """Of the teacher, or of a student by its number."""
+    return Checkpoints(args.out / "checkpoints" / name, keep=args.keep_checkpoints)
+
+
+def robust_teacher(args: Args, data: Data) -> nn.Module:
+    """Trained, and kept; or as it was kept."""
+    options = {"seed": args.seed, "teacher_epochs": args.teacher_epochs}
+    kept = checkpoints(args, "teacher")
+    state = found(kept, args.resume, {"options", "weights"})
+    if state is None:
+        teacher = train_teacher(data, args.teacher_epochs, args.seed)
+        kept.save({"options": options, "weights": teacher.state_dict()}, args.teacher_epochs)
+        return teacher
+    check_options(state["options"], options)
+    teacher = small_cnn(1, 10, width=TEACHER_WIDTH).to(memory_format=torch.channels_last)
+    teacher.load_state_dict(state["weights"])
+    return teacher.eval()
+
+
+def distil(
+    teacher: nn.Module, settings: FERDConfig, args: Args, stop: Stop, *, number: int, name: str
+) -> FERDTrainer:
     """A student from the teacher alone."""
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     student = small_cnn(1, 10, width=STUDENT_WIDTH).to(memory_format=torch.channels_last)
-    trainer = FERDTrainer(teacher, student, config=settings, seed=seed)
-    with tqdm(total=settings.epochs, desc=name, unit="epoch") as bar:
-        for stats in trainer.epochs():
+    trainer = FERDTrainer(teacher, student, config=settings, seed=args.seed, diagnostics=args.out)
+    kept = checkpoints(args, f"student-{number}")
+    state = found(kept, args.resume, {"trainer"})
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+    epochs = saved(
+        trainer,
+        lambda stop: trainer.epochs(stop=stop),
+        lambda: {"trainer": trainer.state_dict()},
+        checkpoints=kept,
+        every=args.checkpoint_every,
+        stop=stop,
+    )
+    title = f"student, {name}"
+    with tqdm(total=settings.epochs, initial=trainer.epoch, desc=title, unit="epoch") as bar:
+        for stats in epochs:
             bar.update()
             shown = ["warm-up" if stats.warmup else f"loss {stats.student_loss:.3f}"]
             if settings.uniformity_loss_weight:
@@ -144,6 +181,9 @@ def distil(teacher: nn.Module, settings: FERDConfig, seed: int, name: str) -> FE
             shown.append(f"labels agree {stats.label_agreement:.0%}")
             shown.append(f"largest p {max(stats.class_probabilities):.2f}")
             bar.set_postfix_str(", ".join(shown))
+    if trainer.epoch < settings.epochs or stop():
+        stop.leave(f"after epoch {trainer.epoch} of {settings.epochs} of the {title}")
+        sys.exit()
     student.eval()
     return trainer
 
@@ -188,20 +228,29 @@ def draw(reports: dict[str, RobustnessReport], trainer: FERDTrainer, out: Path) 
         axes.figure.savefig(out / f"{name}.png", dpi=150)
 
 
+def train(args: Args, data: Data) -> tuple[FERDTrainer, dict[str, nn.Module]]:
+    """FERD's run, and all models by the names of their rows."""
+    teacher = robust_teacher(args, data)
+    with Stop(args.max_minutes) as stop:
+        trainer = distil(teacher, config(args.epochs), args, stop, number=0, name="FERD")
+        models = {"teacher": teacher, "FERD": trainer.student}
+        for number, name in enumerate(ABLATIONS if args.ablate else (), start=1):
+            settings, other = config(args.epochs, **ABLATIONS[name]), trainer
+            if settings != trainer.config:
+                other = distil(teacher, settings, args, stop, number=number, name=name)
+            models[name] = other.student
+    return trainer, models
+
+
 def main(args: Args) -> None:
     start = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
     data = digits(args.seed)
-    teacher = train_teacher(data.pop("train"), args.teacher_epochs, args.seed)
-    trainer = distil(teacher, config(args.epochs), args.seed, "student, FERD")
-    models = {"teacher": teacher, "FERD": trainer.student}
-    for name, changes in ABLATIONS.items() if args.ablate else ():
-        settings = config(args.epochs, **changes)
-        same = settings == trainer.config
-        models[name] = (
-            trainer if same else distil(teacher, settings, args.seed, f"student, {name}")
-        ).student
-
+    try:
+        check(args)
+        trainer, models = train(args, data.pop("train"))
+    except (ValueError, RuntimeError, OSError) as error:  # wrong input, a NaN, a full disk
+        sys.exit(f"quickstart: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
     reports = attack(models, data["test"], args)
     comparison = compare(reports)
     print(f"\n{comparison}\n\n{comparison.test('FERD', 'teacher', 'PGD-20')}\n")
@@ -216,12 +265,16 @@ def main(args: Args) -> None:
         num_classes=10,
         in_channels=1,
     )
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (teacher, trainer.student)]
+    sizes = [
+        sum(p.numel() for p in model.parameters()) for model in (models["teacher"], trainer.student)
+    ]
     print(f"teacher {sizes[0]:,} parameters, student {sizes[1]:,}; seed {args.seed}")
     written = "report-teacher.json, report-FERD.json, classwise.png, weights.png, synthetic.png"
     print(f"written to {args.out}/: {written}, student.pt")
+    clear(args.out / "checkpoints")
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with interruptible():
+        main(tyro.cli(Args))

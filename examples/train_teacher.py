@@ -4,15 +4,14 @@
     python examples/train_teacher.py --data folder --root my-images --method sat --architecture preact_resnet18
 
 Nothing is chosen on the test images: `--val-images` are held out of the training set for the progress
-that is printed, and the last epoch is what is saved and tested. The checkpoint, `checkpoint.pt`, holds all
-that `--resume` needs; `teacher.pt` is what `cifar10_ferd.py --teacher` takes.
+that is printed, and the last epoch is what is saved and tested. `teacher.pt` is what `cifar10_ferd.py --teacher`
+takes. A run that was stopped or killed goes on with the same options and `--resume auto`.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +28,14 @@ from ferdlib.attacks import pgd, utae_pgd
 from ferdlib.augment import crop_flip
 from ferdlib.evaluation import PROTOCOLS, Protocol, evaluate
 from ferdlib.models import create
-from files import read, write, write_model
+from ferdlib.trainer import Checkpoints
+from files import write_model
 from image_data import AUGMENTATIONS, Images, Source, chosen, load, stratified
+from long_run import FREE, Options, Stop, check, check_options, clear, found, interruptible, saved
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
     """Train a robust (or natural) teacher and attack it, class by class."""
 
     data: Source = "cifar10"
@@ -80,11 +81,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     out: Path = Path("runs/teacher")
-    """Folder for checkpoint.pt, teacher.pt and report.json."""
-    resume: bool = False
-    """Continue from the checkpoint in --out."""
-    max_minutes: float | None = None
-    """Stop after the epoch during which this many minutes have passed; --resume goes on."""
+    """Folder for checkpoints, teacher.pt and report.json."""
 
 
 class Training:
@@ -115,25 +112,36 @@ class Training:
             self.optimizer, args.epochs * self.steps_per_epoch
         )
         self.epoch = 0
+        # Of the epoch that is under way: the images that are left, and the sum of the losses.
+        self.left = torch.empty(0, dtype=torch.int64)
+        self.total = torch.zeros((), device=args.device)
 
-    def epochs(self) -> Iterator[float]:
-        """Train to the last epoch, and yield each one's mean loss."""
+    def epochs(self, stop: Callable[[], bool] = lambda: False) -> Iterator[float]:
+        """Train to the last epoch, or until `stop` says so between steps; yields each one's mean loss."""
         while self.epoch < self.args.epochs:
-            yield self._epoch()
+            loss = self._epoch(stop)
+            if loss is None:
+                return
+            yield loss
 
-    def _epoch(self) -> float:
-        total = torch.zeros((), device=self.args.device)
-        order = torch.randperm(len(self.images), generator=self.rng)
-        for k in range(self.steps_per_epoch):
-            index = order[k * self.args.batch_size : (k + 1) * self.args.batch_size]
+    def _epoch(self, stop: Callable[[], bool]) -> float | None:
+        size = self.args.batch_size
+        if not len(self.left):
+            order = torch.randperm(len(self.images), generator=self.rng)
+            self.left = order[: size * self.steps_per_epoch]
+            self.total.zero_()
+        while len(self.left):
+            if stop():
+                return None
+            index, self.left = self.left[:size], self.left[size:]
             loss = self._loss(*self.images.batch(index, self.args.device)).mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
-            total += loss.detach()
+            self.total += loss.detach()
         self.epoch += 1
-        mean = float(total) / self.steps_per_epoch
+        mean = float(self.total) / self.steps_per_epoch
         if not mean < float("inf"):
             raise RuntimeError(f"the loss became {mean} in epoch {self.epoch}; lower --lr")
         return mean
@@ -158,17 +166,18 @@ class Training:
             robust = losses.distillation(model(x_adv), clean)
             return losses.cross_entropy(clean, y) + args.beta * robust
 
-    def save(self, path: Path) -> None:
+    def state_dict(self) -> dict[str, Any]:
         """All that goes on from here."""
-        state = {
+        return {
             "args": settings(self.args),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "rng": self.rng.get_state(),
+            "left": self.left.clone(),
+            "total": self.total,
         }
-        write(state, path)
 
     def save_model(self, path: Path) -> None:
         write_model(
@@ -179,35 +188,24 @@ class Training:
             in_channels=self.images.pixels.shape[1],
         )
 
-    def load(self, path: Path) -> None:
-        state = read(path, {"args", "epoch", "model", "optimizer", "schedule", "rng"})
-        ours = settings(self.args)
-        differing = [name for name in ours if state["args"].get(name) != ours[name]]
-        if differing:
-            raise ValueError(
-                f"expected the options that {str(path)!r} was made with, got others for "
-                f"{', '.join('--' + name.replace('_', '-') for name in differing)}"
-            )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_options(state["args"], settings(self.args))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.rng.set_state(state["rng"])
-        self.epoch = state["epoch"]
+        self.epoch, self.left = state["epoch"], state["left"]
+        self.total.copy_(state["total"])
 
 
 def settings(args: Args) -> dict[str, Any]:
     """The options that the weights depend on."""
-    free = {
-        "root",
-        "download",
-        "test_images",
-        "autoattack",
-        "device",
-        "out",
-        "resume",
-        "max_minutes",
-    }
+    free = FREE | {"root", "download", "test_images", "autoattack", "device", "out"}
     return {name: value for name, value in asdict(args).items() if name not in free}
+
+
+def checkpoints(args: Args) -> Checkpoints:
+    return Checkpoints(args.out / "checkpoints", keep=args.keep_checkpoints)
 
 
 def precision(args: Args) -> AbstractContextManager[Any]:
@@ -218,6 +216,7 @@ def precision(args: Args) -> AbstractContextManager[Any]:
 
 def prepare(args: Args) -> tuple[Training, Images, Dataset[Any]]:
     """Everything that can be wrong with the input is found here, before anything is written."""
+    check(args)
     images = load(args.data, args.root, "train", download=args.download)
     test = load(args.data, args.root, "test", download=args.download)
     if test.class_names != images.class_names:
@@ -235,8 +234,9 @@ def prepare(args: Args) -> tuple[Training, Images, Dataset[Any]]:
     kept = torch.ones(len(images), dtype=torch.bool)
     kept[held_out] = False
     training = Training(args, images.part(kept.nonzero().flatten()))
-    if args.resume:
-        training.load(args.out / "checkpoint.pt")
+    state = found(checkpoints(args), args.resume, set(training.state_dict()))
+    if state is not None:
+        training.load_state_dict(state)
     return training, images.part(held_out), tested
 
 
@@ -256,24 +256,37 @@ def accuracies(training: Training, held_out: Images) -> str:
     return ", ".join(f"{name} {100 * report[name].average:.1f}" for name in ("clean", "PGD-10"))
 
 
+def train(training: Training, held_out: Images, stop: Stop) -> None:
+    """To the last epoch, or until it is stopped, with a checkpoint then."""
+    args = training.args
+    losses_of_epochs = saved(
+        training,
+        training.epochs,
+        training.state_dict,
+        checkpoints=checkpoints(args),
+        every=args.checkpoint_every,
+        stop=stop,
+    )
+    with tqdm(total=args.epochs, initial=training.epoch, unit="epoch", desc=args.method) as bar:
+        for loss in losses_of_epochs:
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, held out: {accuracies(training, held_out)}")
+
+
 def main(args: Args) -> None:
     try:
         training, held_out, tested = prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"train_teacher: {error}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with tqdm(total=args.epochs, initial=training.epoch, unit="epoch", desc=args.method) as bar:
-        for loss in training.epochs():
-            training.save(args.out / "checkpoint.pt")
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, held out: {accuracies(training, held_out)}")
-            minutes = (time.perf_counter() - start) / 60
-            if args.max_minutes is not None and minutes > args.max_minutes:
-                break
-    if training.epoch < args.epochs:
-        print(f"stopped after epoch {training.epoch} of {args.epochs}; --resume goes on")
+    with Stop(args.max_minutes) as stop:
+        try:
+            train(training, held_out, stop)
+        except (RuntimeError, OSError) as error:  # losses that became NaN, a full disk
+            sys.exit(f"train_teacher: {error}")
+    if training.epoch < args.epochs or stop():
+        stop.leave(f"after epoch {training.epoch} of {args.epochs}")
         return
+    args.out.mkdir(parents=True, exist_ok=True)
     training.save_model(args.out / "teacher.pt")
     published = protocol("fair-ard", args)
     report = evaluate(
@@ -286,8 +299,10 @@ def main(args: Args) -> None:
     )
     print(f"\n{args.architecture}, {args.method}:\n{report}\n")
     report.save(args.out / "report.json")
-    print(f"written to {args.out}/: teacher.pt, checkpoint.pt, report.json")
+    clear(args.out / "checkpoints")
+    print(f"written to {args.out}/: teacher.pt, report.json")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with interruptible():
+        main(tyro.cli(Args))

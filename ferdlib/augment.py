@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ferdlib import _checks
-from ferdlib._shard import drawn
+from ferdlib._ranks import drawn
 
 __all__ = ["Crops", "crop_flip"]
 
@@ -23,6 +23,9 @@ class Crops:
         mirrored: bool `(N,)`.
         padding: zeros on each side, in pixels.
 
+    Raises:
+        TypeError, ValueError: of other dtypes, lengths or ranges; images of another number.
+
     Example:
         >>> crops, x = Crops.draw(2, padding=1), torch.rand(2, 1, 8, 8)
         >>> crops(x).shape, bool((crops.number < Crops.count(1)).all())
@@ -34,6 +37,14 @@ class Crops:
     mirrored: Tensor
     padding: int
 
+    def __post_init__(self) -> None:
+        side = 2 * _checks.integer("Crops", "padding", self.padding, low=0) + 1
+        _checks.labels("Crops", self.top, num_classes=side, argument="top")
+        _checks.labels("Crops", self.left, num_classes=side, argument="left")
+        if _checks.tensor("Crops", "mirrored", self.mirrored).dtype != torch.bool:
+            raise TypeError(f"Crops: expected `mirrored` in bool, got {_checks.got(self.mirrored)}")
+        _checks.alike("Crops", top=self.top, left=self.left, mirrored=self.mirrored)
+
     @staticmethod
     def draw(
         n: int,
@@ -44,6 +55,11 @@ class Crops:
         device: torch.device | str = "cpu",
     ) -> Crops:
         """For n images, uniformly; drawn on `rng.device` and moved to `device`."""
+        name = "Crops.draw"
+        _checks.integer(name, "n", n, low=0)
+        _checks.integer(name, "padding", padding, low=0)
+        _checks.generator(name, rng)
+        device = _checks.device(name, device)
 
         def integers(high: int) -> Tensor:
             source = device if rng is None else rng.device
@@ -60,6 +76,7 @@ class Crops:
     @staticmethod
     def count(padding: int) -> int:
         """How many different ones an image has."""
+        _checks.integer("Crops.count", "padding", padding, low=0)
         return 2 * (2 * padding + 1) ** 2
 
     @property
@@ -70,6 +87,10 @@ class Crops:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The images `(N, C, H, W)` cut out; gradients flow into x."""
+        _checks.images("Crops", x)
+        _checks.same_device("Crops", top=self.top, x=x)
+        if len(x) != len(self.top):
+            raise ValueError(f"Crops: expected `x` of {len(self.top)} images, got {len(x)}")
         n, _, height, width = x.shape
         rows = self.top[:, None] + torch.arange(height, device=x.device)
         columns = torch.arange(width, device=x.device).expand(n, width)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ferdlib import _checks
 from ferdlib._modes import borrowed
-from ferdlib._shard import drawn
+from ferdlib._ranks import drawn
 from ferdlib.losses import cross_entropy
 
 __all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
@@ -53,9 +53,10 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
         >>> torch.equal(head(features(x)), model(x))
         True
     """
-    if not isinstance(model, nn.Module):
+    _checks.module("split_at", "model", model)
+    if not isinstance(layer_name, str):
         raise TypeError(
-            f"split_at: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
+            f"split_at: expected `layer_name` to be a string, got {_checks.got(layer_name)}"
         )
     names = [name for name, _ in model.named_modules() if name]
     if layer_name not in names:
@@ -191,7 +192,8 @@ def noise_scale(
     """
     name = "noise_scale"
     z = _feature_map(name, features)
-    _checks.labels(name, targets, length=z.shape[0])
+    _checks.callable_(name, "head", head)
+    _checks.labels(name, targets, length=z.shape[0], device=z.device)
     beta = _checks.number(name, "beta", beta, low=0.0)
     lr = _checks.number(name, "lr", lr, low=0.0, open_low=True)
     _checks.integer(name, "steps", steps, low=0)
@@ -213,7 +215,8 @@ def noise_scale(
         for _ in range(steps):
             sigma = F.softplus(raw)
             draw = drawn(normal, tuple(shape), rng).to(z.device)
-            logits = head((z + sigma[..., None, None] * draw).to(features.dtype))
+            noisy = (z + sigma[..., None, None] * draw).to(features.dtype)
+            logits = _checks.logits(name, head(noisy), argument="head(features)")
             _checks.labels(name, targets, num_classes=logits.shape[1])
             ratio = v / sigma.square()
             r = ratio - ratio.log() - 1
@@ -224,7 +227,7 @@ def noise_scale(
             optimizer.step()
         if not bool(health.isfinite()):
             raise RuntimeError(
-                f"{name}: expected a finite objective, got NaN or infinity; look at the head's logits"
+                f"{name}: expected a finite objective, got NaN or infinity; look at `head(features)`"
             )
         return F.softplus(raw).detach().to(features.dtype)
 
@@ -301,6 +304,8 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
     _checks.images(name, features, argument="features")
     if _checks.tensor(name, "mask", mask).dtype != torch.bool:
         raise TypeError(f"{name}: expected `mask` in bool, got {_checks.got(mask)}")
+    _checks.callable_(name, "head", head)
+    _checks.same_device(name, features=features, mask=mask)
     if mask.shape != features.shape[:2]:
         raise ValueError(
             f"{name}: expected `mask` of shape {tuple(features.shape[:2])}, got {tuple(mask.shape)}"
@@ -312,6 +317,8 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
 def _feature_map(function: str, features: Any) -> Tensor:
     """Checked features in float32 or wider."""
     z = _checks.images(function, features, argument="features")
+    if not len(z):
+        raise ValueError(f"{function}: expected `features` of at least one sample, got none")
     if z.shape[2] * z.shape[3] < 2:
         raise ValueError(
             f"{function}: expected `features` with at least two spatial positions, because Eq. 5 and 6 "

@@ -188,7 +188,7 @@ def inheritance_ratio(student: Tensor, teacher: Tensor) -> Tensor:
     name = "inheritance_ratio"
     s = _accuracies(name, student, argument="student")
     t = _accuracies(name, teacher, argument="teacher")
-    _checks.same_shape(name, student=s, teacher=t)
+    _checks.alike(name, student=s, teacher=t)
     return s / t
 
 

@@ -22,7 +22,7 @@ from ferdlib.models import load_checkpoint, small_cnn
 
 ROOT = Path(__file__).parents[1]
 OWN = ("fair_ard_table", "ard", "ard_setup", "quickstart", "train_teacher")
-OWN += ("files", "image_data", "model_sources")
+OWN += ("files", "image_data", "long_run", "model_sources")
 COLUMNS = ("clean", "FGSM", "PGD-20", "CW-inf")
 # Small enough for a second, large enough that the methods' rules have something to see.
 TINY = {"student": "small_cnn_4", "epochs": 3, "batch_size": 20, "attack_steps": 2, "device": "cpu"}
@@ -116,10 +116,12 @@ def test_each_method_trains_and_a_resumed_run_is_the_undisturbed_one(
     stopped = begin(script, setup, data, name)
     next(script.train(stopped, data))
     teachers = setup.digests(teachers_of(name))
-    sys.modules["files"].write(setup.checkpoint(stopped, teachers), tmp_path / "checkpoint.pt")
+    stopped = replace(stopped, args=replace(stopped.args, out=tmp_path))
+    setup.checkpoints(stopped.args, "student").save(setup.state_of(stopped, teachers), 1)
     torch.rand(7)  # the global generator is elsewhere in another process
     resumed = begin(script, setup, data, name)
-    setup.resume(resumed, replace(resumed.args, out=tmp_path), teachers)
+    resumed = replace(resumed, args=replace(resumed.args, out=tmp_path, resume="auto"))
+    setup.resume(resumed, "student", teachers)
     assert resumed.epoch == 1
     assert len(list(script.train(resumed, data))) == 2
     assert same(resumed.state_dict(), straight.state_dict())
@@ -295,30 +297,35 @@ def test_smoke_prints_the_report_of_the_student_that_it_leaves(smoke, script, se
     student = load_checkpoint(out / "student.pt")
     assert evaluate(student, tested, report.protocol, num_classes=10) == report
     assert "2/2" in result.stderr
-    assert {"teacher.pt", "natural_teacher.pt", "checkpoint.pt"} <= {f.name for f in out.iterdir()}
+    names = {f.name for f in out.iterdir()}
+    assert names >= {"teacher.pt", "natural_teacher.pt"}
+    assert "checkpoints" not in names
     assert any((out / "tensorboard").iterdir())
 
 
 def test_stopped_and_resumed_as_a_user_does(script, tmp_path, capsys):
     common = [*RUN, "--method", "fair-ard", "--select", "last"]
     run_main(script, *common, "--out", tmp_path / "a", "--max-minutes", "0")
-    assert "stopped after epoch 1 of 3; --resume goes on" in capsys.readouterr().out
+    assert (
+        "stopped after epoch 1 of 3; the same command with --resume auto goes on"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "a" / "student.pt").exists()
-    sentence = refused(script, *common, "--out", tmp_path / "a", "--resume", "--beta", "1")
+    sentence = refused(script, *common, "--out", tmp_path / "a", "--resume", "auto", "--beta", "1")
     assert sentence.endswith("got others for --beta")
-    run_main(script, *common, "--out", tmp_path / "a", "--resume")
+    other = tmp_path / "other.pt"
+    content = torch.load(tmp_path / "a" / "teacher.pt", weights_only=True)
+    content["state_dict"]["fc.bias"] += 1
+    torch.save(content, other)
+    resume = ["--out", tmp_path / "a", "--resume", "auto"]
+    sentence = refused(script, *common, *resume, "--teacher", other)
+    assert sentence.endswith("got others for --teacher")
+    run_main(script, *common, *resume)
     run_main(script, *common, "--out", tmp_path / "b")
     students = [load_checkpoint(tmp_path / folder / "student.pt") for folder in "ab"]
     assert same(*(student.state_dict() for student in students))
     reports = [RobustnessReport.load(tmp_path / folder / "report.json") for folder in "ab"]
     assert reports[0] == reports[1]
-
-    teacher = tmp_path / "a" / "teacher.pt"
-    content = torch.load(teacher, weights_only=True)
-    content["state_dict"]["fc.bias"] += 1
-    torch.save(content, teacher)
-    sentence = refused(script, *common, "--out", tmp_path / "a", "--resume")
-    assert sentence.endswith("got others for --teacher")
 
 
 def test_the_test_images_choose_nothing(script, setup, tmp_path, monkeypatch):
@@ -383,7 +390,7 @@ def test_a_folder_of_images_and_a_teacher_from_a_file(script, folder, tmp_path):
     options = ["--method", "fair-ard", "--preset", "released", "--teacher", teacher]
     run_main(script, *common, *options, "--precision", "bfloat16", "--out", tmp_path / "fair")
     names = {file.name for file in (tmp_path / "fair").iterdir()}
-    assert names == {"student.pt", "checkpoint.pt", "report.json"}
+    assert names == {"student.pt", "report.json"}
     sentence = refused(script, "--smoke", "--teacher", teacher, "--out", tmp_path / "none")
     assert "expected a model for images (2, 1, 8, 8)" in sentence
 
@@ -414,7 +421,7 @@ def test_a_folder_of_images_and_a_teacher_from_a_file(script, folder, tmp_path):
         (["--lr", "-1"], "-1"),
         (["--seed", "-1"], "expected `seed`"),
         (["--data", "cifar10", "--root", "nowhere"], "--download fetches it"),
-        (["--method", "sat", "--resume"], "expected a checkpoint to resume"),
+        (["--checkpoint-every", "0"], "expected --checkpoint-every of at least 1, got 0"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )

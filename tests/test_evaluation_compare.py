@@ -163,8 +163,8 @@ def test_worst_tenth_from_a_hundred_classes_on():
 @pytest.mark.parametrize(
     ("reports", "error", "message"),
     [
-        ({}, TypeError, "`reports` to be at least one RobustnessReport"),
-        ({"a": 1}, TypeError, "`reports` to be at least one RobustnessReport"),
+        ({}, ValueError, "`reports` to be at least one RobustnessReport, got none"),
+        ({"a": 1}, TypeError, "each of `reports` to be a RobustnessReport, got int 1"),
         (
             {k: with_accuracies(clean=[0.5] * n) for k, n in (("a", 2), ("b", 3))},
             ValueError,
@@ -324,7 +324,7 @@ def test_shards_of_different_evaluations_are_refused(shards):
             merge([even, other])
     with pytest.raises(ValueError, match="^merge: expected one setting for each attack"):
         merge([even, replace(odd, protocol=PROTOCOLS["quick"].at(eps=0.1))])
-    with pytest.raises(TypeError, match="^merge: expected `reports` to be at least one"):
+    with pytest.raises(ValueError, match="^merge: expected `reports` to be at least one"):
         merge([])
 
 

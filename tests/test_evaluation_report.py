@@ -224,15 +224,21 @@ def test_reports_differ_in_what_counts(full, change):
             "RobustnessReport.load: expected a complete report in '.*json', got",
         ),
         (lambda text: "", "RobustnessReport.load: expected a complete report in '.*json', got"),
-        (lambda text: "[]", "RobustnessReport.from_dict: expected a saved report, got list"),
-        (lambda text: "{}", "RobustnessReport.from_dict: expected a saved report, got dict"),
+        (
+            lambda text: "[]",
+            "RobustnessReport.from_dict: expected `content` of a saved report, got list",
+        ),
+        (
+            lambda text: "{}",
+            "RobustnessReport.from_dict: expected `content` of a saved report, got dict",
+        ),
         (
             lambda text: text.replace('"version": 1', '"version": 2', 1),
-            "RobustnessReport.from_dict: expected version 1 of the format, got 2$",
+            "RobustnessReport.from_dict: expected `content` of version 1, got 2$",
         ),
         (
             lambda text: text.replace('"targets"', '"labels"'),
-            r"RobustnessReport.from_dict: expected a complete report, got none of \['targets'\]",
+            r"RobustnessReport.from_dict: expected `content` of a complete report, got none of \['t",
         ),
     ],
 )

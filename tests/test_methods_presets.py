@@ -24,10 +24,6 @@ ON_ARD = ("gair-ard", "frl-ard", "fat-ard", "cfa-ard", "faal-ard", "dafa-ard", "
             "create: expected `teacher` to be a module for 'ard', got none",
         ),
         (
-            lambda t: create("ard", K, teacher="t"),
-            "create: expected `teacher` to be a module for 'ard', got str",
-        ),
-        (
             lambda t: create("trades", K, teacher=t),
             "create: expected `teacher` to be none for 'trades', got Sequential",
         ),

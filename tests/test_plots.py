@@ -503,7 +503,7 @@ ERRORS = {
     "name": ("plot_confusion", (COUNTS,), {"class_names": [1, 2, 3]}, TypeError, "`class_names`"),
     "counts": ("plot_confusion", (COUNTS.float(),), {}, TypeError, "`confusion`"),
     "square": ("plot_confusion", (COUNTS[:2],), {}, ValueError, "`confusion`"),
-    "normalize": ("plot_confusion", (COUNTS,), {"normalize": "row"}, ValueError, "`normalize`"),
+    "normalize": ("plot_confusion", (COUNTS,), {"normalize": "row"}, TypeError, "`normalize`"),
     "axes": ("plot_confusion", (COUNTS,), {"ax": 3}, TypeError, "`ax`"),
     "weights": ("plot_weights", (i, good), {}, TypeError, "`weights`"),
     "negative": ("plot_weights", (-good, good), {}, ValueError, "`weights`"),

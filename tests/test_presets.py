@@ -131,18 +131,18 @@ def test_the_attack_of_each(preset):
 def test_released_probabilities_cannot_exceed_4_to_1():
     # Fig. 4 of the paper shows 0.314, which the released rule cannot give: at most 0.2 / (0.2 + 9 * 0.05).
     margins = torch.tensor([-9.0] + [5.0] * 9)
-    released = make_trainer("released")._rule(margins)
+    released = make_trainer("released")._probabilities.rule(margins)
     assert float(released.max()) == pytest.approx(0.2 / 0.65)
-    paper = make_trainer("paper")._rule(margins)
+    paper = make_trainer("paper")._probabilities.rule(margins)
     assert float(paper.max()) == pytest.approx(1 / (1 + 9 * math.exp(-14)))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_margins_are_those_of_pgd_20_on_the_teacher(preset, monkeypatch):
-    import ferdlib.trainer.loop as loop
+    import ferdlib.trainer.probabilities as probabilities
 
     calls = []
-    real = loop.pgd
+    real = probabilities.pgd
 
     def spied(model, x, y, **settings):
         calls.append((model, settings))
@@ -151,7 +151,7 @@ def test_margins_are_those_of_pgd_20_on_the_teacher(preset, monkeypatch):
     trainer = make_trainer(preset, margin_attack_steps=20, fold_batchnorm=False)
     trainer._batch = (torch.rand(2, 3, 32, 32), torch.arange(2))
     trainer.source.last_images = trainer._batch[0]
-    monkeypatch.setattr(loop, "pgd", spied)
+    monkeypatch.setattr(probabilities, "pgd", spied)
     trainer.update_class_probabilities()
     ((model, settings),) = calls
     assert model is trainer.teacher

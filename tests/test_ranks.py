@@ -6,7 +6,7 @@ from ranks import on_ranks
 from torch import nn
 
 from ferdlib import losses
-from ferdlib._shard import Shard
+from ferdlib._ranks import Shard
 from ferdlib.attacks import pgd
 from ferdlib.augment import crop_flip
 from ferdlib.bottleneck import noise_scale

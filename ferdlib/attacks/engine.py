@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._modes import borrowed
-from ferdlib._shard import drawn
+from ferdlib._ranks import drawn
 from ferdlib.losses import cross_entropy
 
 Model = Callable[[Tensor], Any]
@@ -147,19 +147,26 @@ def ascend(
     rng: torch.Generator | None,
     on_step: OnStep | None,
     settled: Settled | None = None,
+    aim: str = "targets",
 ) -> Tensor:
     """`pgd` under the name of the public function that errors shall start with.
 
-    Samples that are `settled` by their logits stay as they are, and leave the batch.
+    Samples that are `settled` by their logits stay as they are, and leave the batch. `aim` is what that
+    function calls its targets.
     """
+    _checks.callable_(function, "model", model)
     bounds = checked_bounds(function, bounds)
     _checks.images(function, x, bounds=bounds)
-    _checks.tensor(function, "targets", targets)
+    _checks.tensor(function, aim, targets)
     if targets.ndim == 0 or targets.shape[0] != x.shape[0]:
         raise ValueError(
-            f"{function}: expected `targets` with one entry for each of {x.shape[0]} images, got "
+            f"{function}: expected `{aim}` with one entry for each of {x.shape[0]} images, got "
             f"shape {tuple(targets.shape)}"
         )
+    _checks.same_device(function, **{"x": x, aim: targets})
+    _checks.callable_(function, "loss", loss)
+    if on_step is not None:
+        _checks.callable_(function, "on_step", on_step)
     _checks.integer(function, "steps", steps, low=0)
     _checks.generator(function, rng)
     with torch.inference_mode(False), torch.enable_grad(), run_mode(model, train_mode):
@@ -194,30 +201,30 @@ def ascend(
                     f"{function}: expected a loss that depends on the images, got one without a "
                     f"gradient; does the model detach, or run under no_grad?"
                 )
-            (gradient,) = torch.autograd.grad(total, adv)
-            adv = adv.detach()
+            # sign(NaN) is 0 in torch: without this sum a broken model would pass for a robust one.
+            health = health + total.detach()
             logits = output.detach() if isinstance(output, Tensor) else output
             if on_step is not None:
-                on_step(step, adv, logits)
-            # sign(NaN) is 0 in torch: without this sum a broken model would pass for a robust one.
-            health = health + total.detach() + gradient.sum()
+                on_step(step, adv.detach(), logits)
+            done = None if settled is None else settled(step, index, logits)
+            if done is not None and bool(done.all()):
+                break
+            (gradient,) = torch.autograd.grad(total, adv)
+            health = health + gradient.sum()
+            adv = adv.detach()
             moved = _projected(adv + pace * gradient.sign(), here, reach, bounds)
-            if settled is not None:
-                done = settled(step, index, logits)
-                if bool(done.any()):
-                    result = result.index_put((index[done],), adv[done])
-                    stay = ~done
-                    index, moved, here, aims = index[stay], moved[stay], here[stay], aims[stay]
-                    reach, pace = (v[stay] if isinstance(v, Tensor) else v for v in (reach, pace))
-                if len(index) == 0:
-                    break
+            if done is not None and bool(done.any()):
+                result = result.index_put((index[done],), adv[done])
+                stay = ~done
+                index, moved, here, aims = index[stay], moved[stay], here[stay], aims[stay]
+                reach, pace = (v[stay] if isinstance(v, Tensor) else v for v in (reach, pace))
             adv = moved
         if settled is not None:
-            adv = result.index_put((index,), adv) if len(index) else result
+            adv = result.index_put((index,), adv.detach())
         if not bool(health.isfinite()):
             raise RuntimeError(
                 f"{function}: expected finite losses and gradients, got NaN or infinity during the "
-                f"attack; look at the model's logits on these images"
+                f"attack; look at `model(x)` on these images"
             )
         return rounded_inside(adv, x, radius, bounds)
 
@@ -252,13 +259,8 @@ def run_mode(model: object, train_mode: bool) -> Any:
 
 
 def checked_bounds(function: str, bounds: Any) -> tuple[float, float]:
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(
-            f"{function}: expected `bounds` to be a pair (low, high), got {_checks.got(bounds)}"
-        )
-    low = _checks.number(function, "bounds[0]", bounds[0])
-    high = _checks.number(function, "bounds[1]", bounds[1])
-    if low >= high:
+    low, high = _checks.pair(function, "bounds", bounds)
+    if low == high:
         raise ValueError(f"{function}: expected `bounds` with low < high, got ({low:g}, {high:g})")
     return low, high
 

@@ -180,6 +180,7 @@ def utae_pgd(
     """
     weight = _checks.number("utae_pgd", "gamma", gamma, low=0.0)
     if reference_logits is None:
+        _checks.callable_("utae_pgd", "model", model)
         _checks.images("utae_pgd", x)
         with torch.no_grad(), borrowed(model):
             reference_logits = model(x)
@@ -204,6 +205,7 @@ def utae_pgd(
         train_mode=train_mode,
         rng=rng,
         on_step=on_step,
+        aim="reference_logits",
     )
 
 
@@ -240,8 +242,8 @@ def least_pgd_steps(
             are still classified correctly, as Fair-ARD's release and GAIRAT count. They differ only
             where an iterate crosses back.
         steps: K >= 1.
-        early_stop: leave a sample out after its first crossing, which is what is returned then: for the count
-            alone, at less than the attack's price. Not for "correct", which goes on counting.
+        early_stop: leave a sample out after its first crossing, for the count alone, at less than the attack's
+            price; the images are then those that decided, x^(d) or x^(K-1). Not for "correct", which goes on.
         model, x, targets, loss, eps, step_size, random_start, bounds, train_mode, rng, on_step: as in
             `pgd`; the model returns logits `(N, K)`.
 
@@ -263,6 +265,8 @@ def least_pgd_steps(
     _checks.choice(function, "count", count, ("first", "correct"))
     _checks.integer(function, "steps", steps, low=1)
     _checks.tensor(function, "targets", targets)
+    if on_step is not None:
+        _checks.callable_(function, "on_step", on_step)
     argument = "targets" if labels is None else "labels"
     if labels is None:
         if targets.is_floating_point():
@@ -271,7 +275,7 @@ def least_pgd_steps(
             )
         labels = targets
     _checks.images(function, x)
-    truth = _checks.labels(function, labels, length=x.shape[0], argument=argument)
+    truth = _checks.labels(function, labels, length=x.shape[0], device=x.device, argument=argument)
     if early_stop and count == "correct":
         raise ValueError(
             f"{function}: expected no `early_stop` with `count` 'correct', which goes on after the first "
@@ -301,7 +305,8 @@ def least_pgd_steps(
     def settled(step: int, index: Tensor, logits: Any) -> Tensor:
         nonlocal left
         left = index[alive[index]]
-        return ~alive[index]
+        # Of the last iterate nobody asks: x^(K) is not counted.
+        return ~alive[index] if step < steps - 1 else torch.ones_like(index, dtype=torch.bool)
 
     x_adv = ascend(
         function,

@@ -251,6 +251,10 @@ def compare(
         ('clean', 'FGSM', 'PGD-10', 'worst case')
     """
     function = "compare"
+    if not isinstance(reports, Mapping):
+        raise TypeError(
+            f"{function}: expected `reports` by name, as a dict, got {_checks.got(reports)}"
+        )
     _same(function, reports)
     first, *others = reports.values()
     shared = [
@@ -288,6 +292,8 @@ def merge(reports: Sequence[RobustnessReport]) -> RobustnessReport:
         True
     """
     function = "merge"
+    if not isinstance(reports, Sequence):
+        raise TypeError(f"{function}: expected `reports` as a list, got {_checks.got(reports)}")
     named = {str(k): report for k, report in enumerate(reports)}
     _same(function, named)
     first, *others = reports
@@ -333,11 +339,16 @@ def merge(reports: Sequence[RobustnessReport]) -> RobustnessReport:
 
 
 def _same(function: str, reports: Mapping[str, RobustnessReport]) -> None:
-    if not reports or not all(isinstance(r, RobustnessReport) for r in reports.values()):
-        raise TypeError(
-            f"{function}: expected `reports` to be at least one RobustnessReport, got "
-            f"{_checks.got(list(reports.values()))}"
+    if not reports:
+        raise ValueError(
+            f"{function}: expected `reports` to be at least one RobustnessReport, got none"
         )
+    for report in reports.values():
+        if not isinstance(report, RobustnessReport):
+            raise TypeError(
+                f"{function}: expected each of `reports` to be a RobustnessReport, got "
+                f"{_checks.got(report)}"
+            )
     first, *others = reports.values()
     settings = {attack.name: attack for attack in first.protocol.attacks}
     for other in others:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ferdlib import metrics
+from ferdlib import _checks, metrics
 from ferdlib.evaluation import intervals
 
 
@@ -54,13 +54,27 @@ class AttackResult:
         row_names: tuple[str, ...] | None = None,
         rows: Tensor | None = None,
     ) -> AttackResult:
-        """From int64 predictions and labels `(N,)`; `rows` are the classes unless given."""
+        """From int64 predictions and labels `(N,)`; `rows` are the classes unless given.
+
+        Raises:
+            TypeError, ValueError: as `metrics.confusion_matrix`; names or rows of another kind or number.
+        """
+        function = "AttackResult.of"
+        confusion = metrics.confusion_matrix(predictions, targets, num_classes)
+        count = num_classes if rows is None else None
+        names = list(map(str, range(num_classes)))
+        if row_names is not None:
+            names = _checks.strings(function, "row_names", row_names, count=count)
+        if rows is not None:
+            _checks.labels(
+                function, rows, length=len(targets), num_classes=len(names), argument="rows"
+            )
         return AttackResult(
             name,
-            row_names or tuple(map(str, range(num_classes))),
+            tuple(names),
             targets if rows is None else rows,
             predictions == targets,
-            metrics.confusion_matrix(predictions, targets, num_classes),
+            confusion,
         )
 
     @cached_property

@@ -218,13 +218,23 @@ class Protocol:
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Protocol:
-        """What `to_dict` gave."""
+        """What `to_dict` gave.
+
+        Raises:
+            TypeError, ValueError: something else.
+        """
+        function = "Protocol.from_dict"
+        _checks.mapping(function, "content", content, ("name", "seed", "attacks"))
         known = {field.name for field in fields(AttackSpec)}
         attacks = []
         for entry in content["attacks"]:
+            if not isinstance(entry, Mapping):
+                raise TypeError(
+                    f"{function}: expected `content['attacks']` to be of dicts, got {_checks.got(entry)}"
+                )
             if entry.keys() - known:
                 raise ValueError(
-                    f"Protocol.from_dict: expected the settings {sorted(known)} of an attack, got also "
+                    f"{function}: expected the settings {sorted(known)} of an attack, got also "
                     f"{sorted(entry.keys() - known)}"
                 )
             attacks.append(AttackSpec(**entry))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any, cast
+from typing import Any
 
 from torch import distributed
 from torch.utils.data import Dataset, Subset
 
+from ferdlib import _checks
 from ferdlib.evaluation.compare import merge
 from ferdlib.evaluation.report import RobustnessReport
 
@@ -25,7 +26,7 @@ def gather(report: RobustnessReport) -> RobustnessReport:
         `merge` of all shares; the report itself without `torch.distributed`.
 
     Raises:
-        TypeError, ValueError: as `merge`.
+        TypeError, ValueError: what is no report, or as `merge`.
 
     Example:
         >>> import torch
@@ -36,6 +37,10 @@ def gather(report: RobustnessReport) -> RobustnessReport:
         >>> len(gather(evaluate(dark, share(data), "quick", num_classes=2)))
         4
     """
+    if not isinstance(report, RobustnessReport):
+        raise TypeError(
+            f"gather: expected `report` to be a RobustnessReport, got {_checks.got(report)}"
+        )
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return report
     parts: list[Any] = [None] * distributed.get_world_size()
@@ -46,12 +51,19 @@ def gather(report: RobustnessReport) -> RobustnessReport:
 def share(data: Dataset[Any]) -> Dataset[Any]:
     """Every n-th sample from this process's rank on, of n processes; all of them without `torch.distributed`.
 
+    Raises:
+        TypeError: what is no data set of known length.
+
     Example:
         >>> import torch
         >>> len(share(torch.utils.data.TensorDataset(torch.rand(4, 1))))
         4
     """
+    if not isinstance(data, Dataset) or not isinstance(data, Sized):
+        raise TypeError(
+            f"share: expected `data` to be a Dataset with a length, got {_checks.got(data)}"
+        )
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return data
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    return Subset(data, range(rank, len(cast(Sized, data)), size))
+    return Subset(data, range(rank, len(data), size))

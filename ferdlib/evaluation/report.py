@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,14 +227,18 @@ class RobustnessReport:
         """
         function = "RobustnessReport.from_dict"
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-            raise ValueError(f"{function}: expected a saved report, got {_checks.got(content)}")
+            raise ValueError(
+                f"{function}: expected `content` of a saved report, got {_checks.got(content)}"
+            )
         if content.get("version") != VERSION:
             raise ValueError(
-                f"{function}: expected version {VERSION} of the format, got {content.get('version')!r}"
+                f"{function}: expected `content` of version {VERSION}, got {content.get('version')!r}"
             )
         missing = [f.name for f in fields(RobustnessReport) if f.name not in content]
         if missing:
-            raise ValueError(f"{function}: expected a complete report, got none of {missing}")
+            raise ValueError(
+                f"{function}: expected `content` of a complete report, got none of {missing}"
+            )
 
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64)
@@ -259,9 +262,10 @@ class RobustnessReport:
         """As JSON, whole or not at all.
 
         Raises:
+            TypeError: what is no path.
             OSError: the file cannot be written.
         """
-        target = Path(path)
+        target = _checks.path("RobustnessReport.save", "path", path)
         partial = target.with_name(f"{target.name}.partial")
         try:
             partial.write_text(json.dumps(self.to_dict()), "utf-8")
@@ -276,10 +280,17 @@ class RobustnessReport:
         """What `save` wrote.
 
         Raises:
+            TypeError: what is no path.
+            FileNotFoundError: no such file.
             ValueError: a damaged file, or something else.
         """
+        file = _checks.path("RobustnessReport.load", "path", path)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"RobustnessReport.load: expected `path` to be a file, got {str(path)!r}"
+            )
         try:
-            content = json.loads(Path(path).read_text("utf-8"))
+            content = json.loads(file.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"RobustnessReport.load: expected a complete report in {str(path)!r}, got {error}"

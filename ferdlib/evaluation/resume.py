@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +37,7 @@ class Records:
     """A folder of finished outcomes, made for one model, data set and protocol."""
 
     def __init__(self, function: str, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(
-                f"{function}: expected `resume` to be the path of a folder, got {_checks.got(path)}"
-            )
-        self.function, self.folder = function, Path(path)
+        self.function, self.folder = function, _checks.path(function, "resume", path)
         self.header = header = json.loads(json.dumps({"format": FORMAT, **header}))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,7 @@ def evaluate(
         ('FGSM', '', '', '')
     """
     function = "evaluate"
+    _checks.callable_(function, "model", model)
     protocol = resolve_protocol(function, protocol)
     _checks.integer(function, "num_classes", num_classes, low=2)
     most, search = _checked_batch_size(function, batch_size)
@@ -129,7 +130,7 @@ def evaluate(
     if groups is not None:
         groups, group_names = _checked_groups(function, groups, group_names)
 
-    where = torch.device(device) if device is not None else device_of(model)
+    where = _checks.device(function, device) if device is not None else device_of(model)
     stream = Stream(function, data, most)
     _covered(function, groups, stream.last_index)
     at_once = most if search else stream.batch_size
@@ -331,11 +332,7 @@ def _names(
 ) -> tuple[str, ...]:
     if names is None:
         return tuple(map(str, range(count)))
-    sequence = isinstance(names, Sequence) and not isinstance(names, str)
-    if not sequence or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"{function}: expected `{argument}` to be a sequence of strings, got {_checks.got(names)}"
-        )
+    _checks.strings(function, argument, names)
     if len(names) < count or (argument == "class_names" and len(names) != count):
         raise ValueError(f"{function}: expected {count} `{argument}`, got {len(names)}")
     return tuple(names)
@@ -365,7 +362,11 @@ def _checked_custom(
     function: str, protocol: Protocol, custom: Mapping[str, CustomAttack] | None
 ) -> Mapping[str, CustomAttack]:
     asked = {attack.name for attack in protocol.attacks if attack.kind == "custom"}
-    given = custom or {}
+    given = {} if custom is None else custom
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{function}: expected `custom` as attacks by name, got {_checks.got(given)}"
+        )
     if asked != set(given):
         raise ValueError(
             f"{function}: expected `custom` to hold the protocol's attacks of kind 'custom', "

@@ -120,9 +120,17 @@ def trust_checks(
         doubtful: the outputs are logits (all are in [0, 1] and sum to 1 per sample: a softmax is inside)
     """
     function = "trust_checks"
+    _checks.callable_(function, "model", model)
     protocol = resolve_protocol(function, protocol)
     _checks.integer(function, "num_classes", num_classes, low=2)
     low, high = checked_bounds(function, bounds)
+    _checks.integer(function, "batch_size", batch_size, low=1)
+    from ferdlib.evaluation.report import RobustnessReport  # which has findings itself
+
+    if report is not None and not isinstance(report, RobustnessReport):
+        raise TypeError(
+            f"{function}: expected `report` to be a RobustnessReport, got {_checks.got(report)}"
+        )
     sample = Sample(num_classes)
     findings = [_eval_mode(model)]
     with torch.inference_mode(False), borrowed(model):
@@ -134,7 +142,9 @@ def trust_checks(
         if not sample.blocks:
             raise ValueError(f"{function}: expected `data` with at least one sample, got none")
         x, y = sample.data()
-        where = torch.device(device) if device is not None else device_of(model)
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{function}: expected finite images `data`, got NaN or infinity")
+        where = _checks.device(function, device) if device is not None else device_of(model)
         block = Block(torch.arange(len(x)), x, y).to(where)
         batches = Batches(function, batch_size)
         setting = Setting(function, model, num_classes, (low, high), protocol.seed, batches, {})

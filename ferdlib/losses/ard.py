@@ -22,7 +22,13 @@ from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib.losses.balance import _scalar
-from ferdlib.losses.basic import confidence_penalty, cross_entropy, distillation, kl_divergence
+from ferdlib.losses.basic import (
+    confidence_penalty,
+    cross_entropy,
+    distillation,
+    kl_divergence,
+    labels_of,
+)
 
 
 def trades(
@@ -345,13 +351,13 @@ def bat(
 def _checked(function: str, **named: Tensor | None) -> list[Tensor]:
     """Logits of one shape, in float32 or wider; all but the student's are constants."""
     logits = {name: _checks.logits(function, z, argument=name) for name, z in named.items()}
-    _checks.same_shape(function, **logits)
+    _checks.alike(function, **logits)
     return [z if name.startswith("student") else z.detach() for name, z in logits.items()]
 
 
 def _cross_entropy(function: str, logits: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy, with errors in the name of the function that takes the labels."""
-    _checks.labels(function, targets, length=logits.shape[0], num_classes=logits.shape[1])
+    labels_of(function, targets, logits)
     return cross_entropy(logits, targets)
 
 

@@ -89,7 +89,7 @@ def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: i
     if losses.ndim != 1:
         raise ValueError(f"{name}: expected `values` of shape (N,), got {tuple(losses.shape)}")
     k = _checks.integer(name, "num_classes", num_classes, low=2)
-    _checks.labels(name, targets, length=len(losses), num_classes=k)
+    _checks.labels(name, targets, length=len(losses), num_classes=k, device=losses.device)
     member = F.one_hot(targets, k).bool()
     counts = member.sum(dim=0)
     present = counts > 0
@@ -180,12 +180,7 @@ class MTARDBalance:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"MTARDBalance: expected `state` as a dict, got {_checks.got(state)}")
-        if set(state) != set(self.state_dict()):
-            raise ValueError(
-                f"MTARDBalance: expected `state` with {sorted(self.state_dict())}, got {sorted(state)}"
-            )
+        _checks.mapping("MTARDBalance", "state", state, self.state_dict())
         weight = _scalar("MTARDBalance", "clean_weight", state["clean_weight"])
         initial = _checks.floating("MTARDBalance", "initial_losses", state["initial_losses"])
         if initial.shape not in ((0,), (2,)):

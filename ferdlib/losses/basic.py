@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         tensor([1.3863])
     """
     z = _checks.logits("cross_entropy", logits)
-    _checks.labels("cross_entropy", targets, length=z.shape[0], num_classes=z.shape[1])
+    labels_of("cross_entropy", targets, z)
     return F.cross_entropy(z, targets, reduction="none")
 
 
@@ -245,12 +245,18 @@ def decoupled_kl(
     return a * gap + b * soft
 
 
+def labels_of(function: str, targets: Tensor, logits: Tensor) -> None:
+    """Labels of the samples that the logits are of."""
+    n, k = logits.shape
+    _checks.labels(function, targets, length=n, num_classes=k, device=logits.device)
+
+
 def _pair(function: str, temperature: float | Tensor, **logits: Tensor) -> tuple[Tensor, Tensor]:
     """Two checked logits of equal shape, divided by the temperature."""
     (a_name, a), (b_name, b) = logits.items()
     a = _checks.logits(function, a, argument=a_name)
     b = _checks.logits(function, b, argument=b_name)
-    _checks.same_shape(function, **{a_name: a, b_name: b})
+    _checks.alike(function, **{a_name: a, b_name: b})
     t = _checks.per_sample(function, "temperature", temperature, a, open_low=True)
     return a / t, b / t
 
@@ -262,7 +268,7 @@ def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 def _margin(function: str, logits: Tensor, targets: Tensor) -> Tensor:
     z = _checks.logits(function, logits)
-    _checks.labels(function, targets, length=z.shape[0], num_classes=z.shape[1])
+    labels_of(function, targets, z)
     label = targets[:, None]
     others = z.scatter(1, label, -math.inf)
     return z.gather(1, label).squeeze(1) - others.amax(dim=1)

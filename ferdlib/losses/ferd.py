@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ferdlib import _checks
-from ferdlib.losses.basic import cross_entropy, distillation, uniformity
+from ferdlib._ranks import sum_over_ranks
+from ferdlib.losses.basic import cross_entropy, distillation, labels_of, uniformity
 
 
 class BatchNormStatistics:
@@ -117,13 +118,11 @@ class BatchNormStatistics:
 
 def _of_all_ranks(variance: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Biased variance and mean of the samples of all processes, from each one's own and their number."""
-    from torch.distributed.nn.functional import all_reduce
-
     n = torch.full((1,), float(count), dtype=mean.dtype, device=mean.device)
-    sums = all_reduce(torch.cat([n, n * mean]))
+    sums = sum_over_ranks(torch.cat([n, n * mean]))
     common = sums[1:] / sums[0].detach()
     # Squares around the common mean, of which few digits are lost.
-    squares = all_reduce(n * (variance + (mean - common).square()))
+    squares = sum_over_ranks(n * (variance + (mean - common).square()))
     return squares / sums[0].detach(), common
 
 
@@ -152,7 +151,7 @@ def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
     name = "masked_distillation"
     z = _checks.logits(name, logits)
     reference = _checks.logits(name, reference_logits, argument="reference_logits")
-    _checks.same_shape(name, logits=z, reference_logits=reference)
+    _checks.alike(name, logits=z, reference_logits=reference)
     agree = z.argmax(dim=1) == reference.argmax(dim=1)
     return distillation(z, reference) * agree
 
@@ -213,9 +212,10 @@ def ferd_generator_loss(
     }
     teacher = _checks.logits(name, teacher_logits, argument="teacher_logits")
     student = _checks.logits(name, student_logits, argument="student_logits")
-    _checks.same_shape(name, teacher_logits=teacher, student_logits=student)
-    _checks.labels(name, targets, length=teacher.shape[0], num_classes=teacher.shape[1])
-    if _checks.tensor(name, "batchnorm_loss", batchnorm_loss).ndim != 0:
+    _checks.alike(name, teacher_logits=teacher, student_logits=student)
+    labels_of(name, targets, teacher)
+    _checks.callable_(name, "divergence", divergence)
+    if _checks.floating(name, "batchnorm_loss", batchnorm_loss).ndim != 0:
         raise ValueError(
             f"{name}: expected `batchnorm_loss` to be a scalar tensor, got shape "
             f"{tuple(batchnorm_loss.shape)}"
@@ -228,7 +228,7 @@ def ferd_generator_loss(
     }
     if nonrobust_logits is not None:
         nonrobust = _checks.logits(name, nonrobust_logits, argument="nonrobust_logits")
-        _checks.same_shape(name, teacher_logits=teacher, nonrobust_logits=nonrobust)
+        _checks.alike(name, teacher_logits=teacher, nonrobust_logits=nonrobust)
         parts["uniformity"] = uniformity(nonrobust).mean()
     total = torch.stack([weights[key] * part for key, part in parts.items()]).sum()
     return total, parts
@@ -277,7 +277,7 @@ def ferd_distillation_loss(
         "student_adv": _checks.logits(name, student_adv, argument="student_adv"),
         "teacher_clean": _checks.logits(name, teacher_clean, argument="teacher_clean").detach(),
     }
-    _checks.same_shape(name, **named)
+    _checks.alike(name, **named)
     teacher = named["teacher_clean"]
     return clean * distillation(named["student_clean"], teacher) + adversarial * distillation(
         named["student_adv"], teacher

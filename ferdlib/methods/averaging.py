@@ -54,7 +54,7 @@ class FairAverage:
     _name = "FairAverage"
 
     def __init__(self, model: nn.Module, *, decay: float = 0.88, threshold: float = 0.2) -> None:
-        self._checked_model(model)
+        _checks.module(self._name, "model", model)
         self.decay = _checks.number(self._name, "decay", decay, low=0.0, high=1.0)
         self.threshold = _checks.number(self._name, "threshold", threshold, low=0.0, high=1.0)
         self._average = AveragedModel(model, avg_fn=self._mixed, use_buffers=True)
@@ -78,7 +78,8 @@ class FairAverage:
                 class, which does not count.
         """
         expected = [tuple(value.shape) for value in _values(self.module)]
-        if [tuple(value.shape) for value in _values(self._checked_model(model))] != expected:
+        _checks.module(self._name, "model", model)
+        if [tuple(value.shape) for value in _values(model)] != expected:
             raise ValueError(
                 f"{self._name}: expected `model` with the parameters and buffers of the first one, "
                 f"got other shapes"
@@ -95,30 +96,14 @@ class FairAverage:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` returned."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"{self._name}: expected `state` as a dict, got {_checks.got(state)}")
-        wanted = {key: _checks.got(value) for key, value in self._average.state_dict().items()}
-        found = {key: _checks.got(value) for key, value in state.items()}
         # torch loads what fits before it complains of what does not.
-        if found != wanted:
-            differing = sorted({key for key, _ in found.items() ^ wanted.items()})
-            raise ValueError(
-                f"{self._name}: expected `state` of the same model, got other names, dtypes or "
-                f"shapes for {', '.join(differing)}"
-            )
+        _checks.state(self._name, state, self._average.state_dict())
         self._average.load_state_dict(state)
 
     def _mixed(self, average: Tensor, current: Tensor, _: Tensor | int) -> Tensor:
         if not (current.is_floating_point() or current.is_complex()):
             return current
         return self.decay * average + (1 - self.decay) * current
-
-    def _checked_model(self, model: nn.Module) -> nn.Module:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{self._name}: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
-            )
-        return model
 
     def _worst(self, class_accuracy: Tensor) -> Tensor:
         a = _checks.class_vector(self._name, class_accuracy, argument="class_accuracy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,6 +17,15 @@ from ferdlib.reweight import ClassWeights, lps_power, normalize
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
+# What the methods' numbers are beside at least 0; a name means the same in all of them.
+LIMITS: dict[str, dict[str, Any]] = {
+    "num_classes": {"low": 2},
+    "alpha": {"high": 1.0},
+    "adv_weight": {"high": 1.0},
+    "temperature": {"open_low": True},
+    "shift": {"low": -math.inf},
+}
+
 
 @dataclass(kw_only=True)
 class Adversarial:
@@ -25,6 +35,9 @@ class Adversarial:
         num_classes: K >= 2.
         eps, step_size, steps, random_start, train_mode, rng: see `attacks.pgd`.
         epoch: how many epochs have ended.
+
+    Raises:
+        TypeError, ValueError: a setting of another type, name or range.
     """
 
     num_classes: int
@@ -40,7 +53,7 @@ class Adversarial:
     stateful: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _checks.integer(type(self).__name__, "num_classes", self.num_classes, low=2)
+        _checks.settings(type(self).__name__, self, **LIMITS)
 
     def objective(self, student: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         """What the attack climbs: `targets` and `loss` of `attacks.pgd`."""
@@ -52,6 +65,7 @@ class Adversarial:
 
     def ascent(self, student: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         """All arguments of the attack but model and images."""
+        self._check_batch("attack", student, x, y)
         return {
             **self.objective(student, x, y),
             **self.ball(y),
@@ -60,6 +74,15 @@ class Adversarial:
             "train_mode": self.train_mode,
             "rng": self.rng,
         }
+
+    def _check_batch(self, step: str, student: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Refuse what no attack or loss can use, in the name of the method's step."""
+        function = f"{type(self).__name__}.{step}"
+        _checks.callable_(function, "student", student)
+        _checks.images(function, x)
+        _checks.labels(
+            function, y, length=len(x), num_classes=self.num_classes, device=x.device, argument="y"
+        )
 
     def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images like x."""
@@ -80,9 +103,12 @@ class Adversarial:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave."""
+        function = type(self).__name__
+        _checks.state(function, state, self.state_dict())
+        epoch = _checks.integer(function, "state['epoch']", state["epoch"], low=0)
         for name in self._all_stateful():
             getattr(self, name).load_state_dict(state[name])
-        self.epoch = state["epoch"]
+        self.epoch = epoch
 
     @classmethod
     def _all_stateful(cls) -> dict[str, None]:
@@ -155,6 +181,7 @@ class Fair(_Mixin):
         return x_adv
 
     def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        self._check_batch("loss", student, x, y)
         plain = super().loss(student, x, x_adv, y)
         weights: Tensor = self.class_weights.weights.to(plain)[y]
         return weights * plain

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks, losses
+from ferdlib import losses
 from ferdlib._modes import borrowed
 from ferdlib.attacks import pgd
 from ferdlib.losses import MTARDBalance
@@ -144,7 +144,6 @@ class MTARD(Distilled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.choice("MTARD", "clean_target", self.clean_target, ("natural", "robust"))
         self.balance = MTARDBalance(rate=self.rate)
         self.natural_logits = FrozenTeacher(self.natural_teacher)
 

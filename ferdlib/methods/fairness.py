@@ -6,6 +6,7 @@ rule leaves open which of ARD's terms it acts on, the class says what is done he
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -37,6 +38,12 @@ class HeldOut(ARD):
 
     def validate(self, student: nn.Module, batches: Batches) -> None:
         """Before `end_epoch`: measure the classes; the student is left as it was."""
+        function = f"{type(self).__name__}.validate"
+        _checks.callable_(function, "student", student)
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                f"{function}: expected `batches` of images and labels, got {_checks.got(batches)}"
+            )
         self.measure(student, batches)
         self._validated = True
 
@@ -205,6 +212,7 @@ class CFAARD(ARD):
         return {"eps": self.eps * factors, "step_size": self.step_size * factors}
 
     def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        self._check_batch("loss", student, x, y)
         adv = student(x_adv)
         self.robust.update((adv.argmax(dim=1) == y).float(), y)
         divergence = self.distil(student, x, adv, y)
@@ -242,6 +250,7 @@ class FAALARD(ARD):
     radius: float = 0.5
 
     def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        self._check_batch("loss", student, x, y)
         adv = student(x_adv)
         with torch.no_grad():
             p = adv.float().softmax(dim=1)
@@ -286,6 +295,7 @@ class DAFAARD(ARD):
         return {"eps": self.eps * factors, "step_size": self.step_size * factors}
 
     def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        self._check_batch("loss", student, x, y)
         adv = student(x_adv)
         if self.epoch == self.begin - 1:
             p = adv.detach().double().softmax(dim=1)

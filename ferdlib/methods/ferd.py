@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import losses
+from ferdlib import _checks, losses
 from ferdlib.attacks import utae_pgd
 from ferdlib.methods.protocol import FrozenTeacher
 from ferdlib.models.freeze import FrozenModel, fast_copy
@@ -28,6 +28,9 @@ class FERDDistillation:
             torch.fx can trace it; its logits differ by about 1e-6.
         logits: the teacher's, computed once per batch.
         rng: source of the attack's noise.
+
+    Raises:
+        TypeError, ValueError: a setting of another type, name or range.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -52,12 +55,15 @@ class FERDDistillation:
     logits: FrozenTeacher = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        _checks.settings("FERDDistillation", self)
         self.logits = FrozenTeacher(self.teacher)
         self._copied: nn.Module | None = None
         self._copy: nn.Module = self.teacher
 
     def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """UTAEs of x (Eq. 10); the labels play no part."""
+        _checks.module("FERDDistillation.attack", "student", student)
+        _checks.images("FERDDistillation.attack", x)
         return utae_pgd(
             self.teacher if self.attack_model == "teacher" else self._fast(student),
             x,

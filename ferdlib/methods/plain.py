@@ -75,6 +75,7 @@ class BAT(TRADES):
     uniform_weight: float = 1.0
 
     def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        arguments = self.ascent(student, x, y)
         inside, outside = x.detach().clone(), x.detach().clone()
         alive = torch.ones_like(y, dtype=torch.bool)
 
@@ -85,7 +86,7 @@ class BAT(TRADES):
             alive = alive & correct
             inside = torch.where(alive.view(shape), iterate.to(x.dtype), inside)
 
-        last = pgd(student, x, **self.ascent(student, x, y), on_step=watch)
+        last = pgd(student, x, **arguments, on_step=watch)
         with torch.no_grad(), borrowed(student):
             watch(self.steps, last, student(last))
         outside = torch.where(alive.view(-1, 1, 1, 1), last, outside)

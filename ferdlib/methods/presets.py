@@ -162,7 +162,9 @@ def create(
     given = {"teacher": teacher, "natural_teacher": natural_teacher}
     wanted = {"teacher": issubclass(kind, Distilled), "natural_teacher": issubclass(kind, MTARD)}
     for argument, model in given.items():
-        if not (isinstance(model, nn.Module) if wanted[argument] else model is None):
+        if model is not None:
+            _checks.module(function, argument, model)
+        if wanted[argument] != (model is not None):
             expected = "a module" if wanted[argument] else "none"
             came = "none" if model is None else type(model).__name__
             raise ValueError(

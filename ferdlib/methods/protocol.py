@@ -52,21 +52,20 @@ class FrozenTeacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"FrozenTeacher: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
-            )
-        self.model = model
+        self.model = _checks.module("FrozenTeacher", "model", model)
         self._images: Tensor | None = None
         self._version = -1
         self._logits: Tensor | None = None
 
     def remember(self, x: Tensor, logits: Tensor) -> None:
         """Take the logits of `x` for known."""
+        _checks.tensor("FrozenTeacher.remember", "x", x)
+        _checks.tensor("FrozenTeacher.remember", "logits", logits)
         self._images, self._logits = x, logits
         self._version = -1 if x.is_inference() else x._version
 
     def __call__(self, x: Tensor) -> Tensor:
+        _checks.tensor("FrozenTeacher", "x", x)
         # Tensors made under inference_mode have no version counter, and are not kept.
         version = -1 if x.is_inference() else x._version
         known = self._images is x and version == self._version != -1

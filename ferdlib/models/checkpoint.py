@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +62,8 @@ def load_robustbench(
         False
         >>> folder.cleanup()
     """
-    name = _path("load_robustbench", path).stem if name is None else name
+    name = _checks.path("load_robustbench", "path", path).stem if name is None else name
+    _checks.integer("load_robustbench", "num_classes", num_classes, low=2)
     _checks.choice("load_robustbench", "name", name, list(PUBLISHED))
     return _load("load_robustbench", path, PUBLISHED[name], num_classes, in_channels=3)
 
@@ -135,16 +135,8 @@ def _load(
     return model.eval()
 
 
-def _path(function: str, path: str | Path) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(
-            f"{function}: expected `path` to be a str or a Path, got {_checks.got(path)}"
-        )
-    return Path(path)
-
-
 def _read(function: str, path: str | Path) -> Any:
-    if not _path(function, path).is_file():
+    if not _checks.path(function, "path", path).is_file():
         raise FileNotFoundError(f"{function}: expected `path` to be a file, got {str(path)!r}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -68,12 +68,29 @@ class FrozenModel(nn.Module):
         return logits.float()
 
     def follow(self, model: nn.Module) -> None:
-        """Take over the present weights and statistics of the model that this is a copy of."""
+        """Take over the present weights and statistics of the model that this is a copy of.
+
+        Raises:
+            TypeError: `model` is not a module.
+            ValueError: it is another one.
+        """
+        _checks.module("FrozenModel.follow", "model", model)
         theirs, layers = _tensors(model), dict(model.named_modules())
+        own = _tensors(getattr(self.network, "_orig_mod", self.network))
+        biases = {f"{conv}.bias" for conv in self.folded.values()}  # which the model's may lack
+        same = self.folded.keys() <= layers.keys() and all(
+            name in biases or (name in theirs and theirs[name].shape == value.shape)
+            for name, value in own.items()
+        )
+        if not same:
+            raise ValueError(
+                f"FrozenModel.follow: expected `model` to be what this is a copy of, got a "
+                f"{type(model).__name__} with other layers"
+            )
         with torch.no_grad():
             for norm, conv in self.folded.items():
                 theirs |= _fused(conv, layers[conv], layers[norm])
-            for name, value in _tensors(getattr(self.network, "_orig_mod", self.network)).items():
+            for name, value in own.items():
                 value.copy_(theirs[name])
 
     def extra_repr(self) -> str:
@@ -124,10 +141,7 @@ def freeze_for_attack(
         (True, 4, 0)
     """
     function = "freeze_for_attack"
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{function}: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
-        )
+    _checks.module(function, "model", model)
     _checks.choice(function, "autocast", autocast, (None, torch.bfloat16, torch.float16))
     network: Any = copy.deepcopy(model).eval().requires_grad_(False)
     folded: dict[str, str] = {}

@@ -26,9 +26,9 @@ class Normalized(nn.Module):
         feature_layers: the inner model's, with the prefix "model.".
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: mean and std of different lengths, a std that is not positive, or images of
-            another number of channels.
+        TypeError: `model` is not a module, or mean or std are no numbers.
+        ValueError: mean and std of different lengths or not finite, a std that is not positive, or
+            images of another number of channels.
 
     Example:
         >>> model = Normalized(nn.Flatten(), mean=[0.5], std=[0.25])
@@ -41,19 +41,15 @@ class Normalized(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Normalized: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
-            )
-        means, stds = torch.as_tensor(mean), torch.as_tensor(std)
-        if means.ndim != 1 or means.shape != stds.shape:
+        self.model = _checks.module("Normalized", "model", model)
+        means, stds = _per_channel("mean", mean), _per_channel("std", std)
+        if means.ndim != 1 or means.shape != stds.shape or not len(means):
             raise ValueError(
                 "Normalized: expected `mean` and `std` with one number per channel, got shapes "
                 f"{tuple(means.shape)} and {tuple(stds.shape)}"
             )
         if not bool((stds > 0).all()):
             raise ValueError(f"Normalized: expected positive `std`, got {stds.tolist()}")
-        self.model = model
         dtype = torch.get_default_dtype()
         self.register_buffer("mean", means.to(dtype).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", stds.to(dtype).reshape(-1, 1, 1), persistent=False)
@@ -66,6 +62,20 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(_standardised(x, self.mean, self.std))
         return logits
+
+
+def _per_channel(argument: str, value: Any) -> Tensor:
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Normalized: expected `{argument}` to be numbers, got {_checks.got(value)}"
+        ) from error
+    if numbers.is_complex():
+        raise TypeError(f"Normalized: expected `{argument}` to be real, got {_checks.got(numbers)}")
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"Normalized: expected finite `{argument}`, got {numbers.tolist()}")
+    return numbers
 
 
 @fx.wrap

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -73,20 +73,7 @@ def named(function: str, argument: str, value: Any) -> Mapping[str, Any]:
 
 
 def class_names(function: str, value: Any, k: int) -> list[str] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(
-            f"{function}: expected `class_names` as a list of strings, got {_checks.got(value)}"
-        )
-    if len(value) != k:
-        raise ValueError(f"{function}: expected {k} `class_names`, got {len(value)}")
-    for each in value:
-        if not isinstance(each, str):
-            raise TypeError(
-                f"{function}: expected strings in `class_names`, got {_checks.got(each)}"
-            )
-    return list(value)
+    return None if value is None else _checks.strings(function, "class_names", value, count=k)
 
 
 def percent(function: str, argument: str, value: Tensor) -> Tensor:

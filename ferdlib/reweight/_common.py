@@ -11,13 +11,12 @@ from torch import Tensor
 from ferdlib import _checks
 
 
-def within_steps(function: str, argument: str, counts: Tensor, steps: int | None) -> Tensor:
-    """Counts in [0, steps], or >= 0 without `steps`; `nan` passes."""
-    high = math.inf if steps is None else float(_checks.integer(function, "steps", steps, low=1))
+def within_steps(function: str, argument: str, counts: Tensor, steps: float) -> Tensor:
+    """Counts in [0, steps]; `nan` passes."""
     # A moving average of values at the limit may round to just above it.
-    outside = counts[(counts < 0) | (counts > high * (1 + 1e-6))]
+    outside = counts[(counts < 0) | (counts > steps * (1 + 1e-6))]
     if len(outside):
-        raise ValueError(f"{function}: expected `{argument}` in [0, {high:g}], got {outside[0]:g}")
+        raise ValueError(f"{function}: expected `{argument}` in [0, {steps:g}], got {outside[0]:g}")
     return counts
 
 
@@ -71,10 +70,4 @@ def checked_state(
     function: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Copies of a saved state, if it has the names, dtypes and shapes of one's own."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{function}: expected `state` as a dict, got {_checks.got(state)}")
-    wanted = {key: _checks.got(value) for key, value in own.items()}
-    found = {key: _checks.got(value) for key, value in state.items()}
-    if found != wanted:
-        raise ValueError(f"{function}: expected `state` with {wanted}, got {found}")
-    return {key: value.clone() for key, value in state.items()}
+    return {key: value.clone() for key, value in _checks.state(function, state, own).items()}

@@ -51,7 +51,9 @@ def gairat(steps_withstood: Tensor, steps: int, *, shift: float = -1.0) -> Tenso
         )
     if bool(k.isnan().any()):
         raise ValueError(f"{name}: expected `steps_withstood` of every sample, got nan")
-    counts = within_steps(name, "steps_withstood", k.double(), steps)
+    counts = within_steps(
+        name, "steps_withstood", k.double(), _checks.integer(name, "steps", steps, low=1)
+    )
     # (1 + tanh u) / 2 = sigmoid(2u)
     w = mean_one(F.logsigmoid(2 * ramp(name, counts, steps, shift)))
     return w.to(k.dtype if k.is_floating_point() else torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -100,7 +101,7 @@ def lps_linear(kappa: Tensor, steps: int) -> Tensor:
         >>> lps_linear(torch.tensor([0.0, 2.0]), steps=3)  # (1, 1/2) over their mean 3/4
         tensor([1.3333, 0.6667])
     """
-    k = _kappa("lps_linear", kappa, steps)
+    k = _kappa("lps_linear", kappa, _checks.integer("lps_linear", "steps", steps, low=1))
     return mean_one((1 - k / (steps + 1)).log()).to(kappa.dtype)
 
 
@@ -155,10 +156,7 @@ def normalize(
         raise ValueError(f"normalize: expected `w` finite, >= 0 and not all 0, got {w.tolist()}")
     scaled = w.double() / (w.double().mean() if to == "mean" else w.double().sum())
     if clip is not None:
-        if not isinstance(clip, (tuple, list)) or len(clip) != 2:
-            raise TypeError(f"normalize: expected `clip` as (low, high), got {_checks.got(clip)}")
-        low = _checks.number("normalize", "clip", clip[0], low=0.0)
-        scaled = scaled.clamp(low, _checks.number("normalize", "clip", clip[1], low=low))
+        scaled = scaled.clamp(*_checks.pair("normalize", "clip", clip, low=0.0))
     return scaled.to(w.dtype)
 
 
@@ -167,10 +165,11 @@ def _vulnerability(function: str, class_margins: Tensor) -> Tensor:
     return filled(-_checks.class_vector(function, class_margins, argument="class_margins").double())
 
 
-def _kappa(function: str, kappa: Tensor, steps: int | None = None) -> Tensor:
+def _kappa(function: str, kappa: Tensor, steps: float = math.inf) -> Tensor:
     k = _checks.class_vector(function, kappa, argument="kappa").double()
     return within_steps(function, "kappa", k, steps)
 
 
 def _ramp(function: str, kappa: Tensor, steps: int, shift: float) -> Tensor:
-    return ramp(function, _kappa(function, kappa, steps), steps, shift)
+    k = _kappa(function, kappa, _checks.integer(function, "steps", steps, low=1))
+    return ramp(function, k, steps, shift)

@@ -113,10 +113,7 @@ class ClassWeights(ClassMean):
 
     def __init__(self, num_classes: int, rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__(num_classes)
-        if not callable(rule):
-            raise TypeError(
-                f"{self._name}: expected `rule` to be callable, got {_checks.got(rule)}"
-            )
+        _checks.callable_(self._name, "rule", rule)
         self.rule = rule
         self.weights = torch.ones(num_classes, dtype=torch.float64)
 

@@ -40,7 +40,11 @@ class Generator(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+        if not isinstance(image_shape, (tuple, list)):
+            raise TypeError(
+                f"Generator: expected `image_shape` (C, H, W), got {_checks.got(image_shape)}"
+            )
+        if len(image_shape) != 3:
             raise ValueError(
                 f"Generator: expected `image_shape` (C, H, W), got {_checks.got(image_shape)}"
             )
@@ -78,6 +82,7 @@ class Generator(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images `(N, C, H, W)` in [0, 1] from codes `(N, latent_dim)` and, if conditional, labels."""
+        _checks.floating("Generator", "latents", latents)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
             raise ValueError(
                 f"Generator: expected `latents` of shape (N, {self.latent_dim}), got "
@@ -88,6 +93,14 @@ class Generator(nn.Module):
                 raise ValueError(
                     "Generator: expected `labels` for a conditional generator, got None"
                 )
+            _checks.labels(
+                "Generator",
+                labels,
+                length=len(latents),
+                num_classes=self.embedding.num_embeddings,
+                device=latents.device,
+                argument="labels",
+            )
             latents = torch.cat([latents, self.embedding(labels)], dim=1)
         images: Tensor = self.decode(self.project(latents))
         return images

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ferdlib import bottleneck, losses
+from ferdlib import _checks, bottleneck, losses
 from ferdlib._modes import borrowed
+from ferdlib._ranks import Ranks, drawn, source
 from ferdlib.bottleneck import Part
+from ferdlib.synthesis.health import NonFiniteError, first_bad, is_finite
 from ferdlib.synthesis.source import sample_labels
 
 Batch = tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+# What its numbers are beside at least 0.
+LIMITS: dict[str, dict[str, Any]] = {
+    **{name: {"low": 1} for name in ("batch_size", "steps", "latent_dim")},
+    **{name: {"open_low": True} for name in ("bottleneck_lr", "generator_lr", "latent_lr")},
+}
 
 
 def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -59,10 +68,14 @@ class Inversion:
         optimizer: makes the epoch's optimizer from parameter groups.
         precision: called for a context around the forwards, for autocast.
         rng: source of all randomness; None takes torch's default generator.
+        ranks: the processes that share an epoch's images, each of which makes `batch_size` of them.
         metrics: the last step's unweighted losses, their `total`, and the `nonrobust_fraction` (nan
             without the bottleneck).
         last_images: the last step's images, augmented.
         epochs_done: how many epochs have been made.
+
+    Raises:
+        TypeError, ValueError: a setting of another type, name or range.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -107,9 +120,14 @@ class Inversion:
     optimizer: OptimizerFactory = adam
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     rng: torch.Generator | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     metrics: dict[str, float] = field(default_factory=dict, init=False)
     last_images: Tensor | None = field(default=None, init=False)
     epochs_done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        _checks.settings("Inversion", self, **LIMITS)
+        self._parallel = self.ranks.parallel(self.generator)
 
     def epoch(self, student: nn.Module, class_probabilities: Tensor) -> Iterator[Batch]:
         """Yields the epoch's batch: images `(N, C, H, W)` in [0, 1] and the labels they were made for.
@@ -119,34 +137,42 @@ class Inversion:
             class_probabilities: p, `(K,)` with sum 1.
 
         Raises:
-            RuntimeError: the generator's loss became NaN or infinite.
+            RuntimeError: the generator's loss or a gradient became NaN or infinite; found when all steps are
+                done, so that no step waits for an answer.
         """
+        _checks.module("Inversion.epoch", "student", student)
         with borrowed(self.teacher, student, self.features, self.head), torch.enable_grad():
             batch = self._invert(student, class_probabilities)
         self.epochs_done += 1
         yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.state_dict(), "epochs_done": self.epochs_done}
+        return {
+            "generator": self.generator.state_dict(),
+            "epochs_done": self.epochs_done,
+            "metrics": dict(self.metrics),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        _checks.mapping("Inversion.load_state_dict", "state", state, self.state_dict())
         self.generator.load_state_dict(state["generator"])
-        self.epochs_done = state["epochs_done"]
+        self.epochs_done, self.metrics = state["epochs_done"], dict(state["metrics"])
 
     def _invert(self, student: nn.Module, class_probabilities: Tensor) -> Batch:
         device = next(self.generator.parameters()).device
-        latents = torch.randn(
-            (self.batch_size, self.latent_dim),
-            generator=self.rng,
-            device=device if self.rng is None else self.rng.device,
-        ).to(device)
+        home = device if self.rng is None else self.rng.device
+
+        def normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+            return torch.randn(shape, generator=generator, device=home)
+
+        latents = drawn(normal, (self.batch_size, self.latent_dim), self.rng).to(device)
         latents.requires_grad_(self.optimise_latents)
         labels = sample_labels(
             class_probabilities, self.batch_size, method=self.label_sampling, rng=self.rng
         ).to(device)
         reset = getattr(self.generator, "reset", None)
         if self.reset_generator and callable(reset):
-            reset(self.rng)
+            reset(source(self.rng))
         weights = list(self.generator.parameters())
         groups: list[dict[str, Any]] = [{"params": weights, "lr": self.generator_lr}]
         if self.optimise_latents:
@@ -156,27 +182,41 @@ class Inversion:
         best, best_score = torch.empty(0), torch.full((), torch.inf, device=device)
         was_training = self.generator.training
         self.generator.train()
+        totals, healthy = [], []
         for step in range(self.steps):
             images, total, per_sample, parts, fraction = self._step(student, latents, labels)
-            score = per_sample if self.selection == "sample" else total.detach()
+            score = per_sample if self.selection == "sample" else self.ranks.mean(total)
             # Chosen on the device: reading the loss here would stall an accelerator at every step.
             better = (score < best_score) | (self.selection == "last" or step == 0)
             kept = better.reshape(-1, 1, 1, 1)
             best = torch.where(kept, images, best) if step else images
             best_score = torch.where(better, score, best_score)
-            gradients = torch.autograd.grad(total, trained, allow_unused=True)
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
+            for parameter in trained:
+                parameter.grad = None
+            # Not autograd.grad: DistributedDataParallel would not see it.
+            total.backward(inputs=trained)
+            gradients = [p.grad for p in trained]
+            if latents.grad is not None:
+                latents.grad /= self.ranks.size  # a process's own codes share in a mean over all
+            totals.append(total.detach())
+            healthy.append(is_finite(total, gradients))
             optimizer.step()
         for parameter in weights:
             parameter.grad = None
         self.generator.train(was_training)
         parts |= {"total": total, "nonrobust_fraction": fraction}
-        self.metrics = {name: float(part.detach()) for name, part in parts.items()}
-        if not bool(best_score.isfinite().all() & total.isfinite()):
-            raise RuntimeError(
-                f"Inversion.epoch: expected a finite generator loss, got {self.metrics} in epoch "
-                f"{self.epochs_done}; lower `generator_lr` or the loss weights"
+        means = self.ranks.mean(torch.stack([part.detach().double() for part in parts.values()]))
+        self.metrics = dict(zip(parts, means.tolist(), strict=True))
+        healthy[-1] = healthy[-1] & best_score.isfinite().all()
+        healthy = list(self.ranks.everywhere(torch.stack(healthy)))
+        if (bad := first_bad(healthy)) is not None:
+            raise NonFiniteError(
+                f"Inversion.epoch: expected a finite generator loss and finite gradients, got {self.metrics} "
+                f"at the end, the first from step {bad} of epoch {self.epochs_done + 1}; lower "
+                f"`generator_lr` or the loss weights",
+                part="generator",
+                step=bad,
+                losses={**self.metrics, "total": torch.stack(totals).tolist()},
             )
         return best.detach(), labels
 
@@ -186,15 +226,16 @@ class Inversion:
         """One evaluation of Eq. 9: images, total, per-sample score, parts, non-robust fraction."""
         with self.precision():
             conditional = getattr(self.generator, "embedding", None) is not None
-            images = self.generator(latents, labels) if conditional else self.generator(latents)
+            images = self._parallel(latents, labels) if conditional else self._parallel(latents)
             images = images.float()
             x = images if self.augment is None else self.augment(images)
             self.last_images = x.detach()
             watched: Sequence[nn.Module] = ()
             if self.bn_weight > 0:
                 watched = (self.teacher, student) if self.bn_models == "both" else (self.teacher,)
+            statistics_of = partial(losses.BatchNormStatistics, across_ranks=self.ranks.size > 1)
             with ExitStack() as hooks:
-                statistics = [hooks.enter_context(losses.BatchNormStatistics(m)) for m in watched]
+                statistics = [hooks.enter_context(statistics_of(m)) for m in watched]
                 z = self.features(x)
                 teacher_logits, student_logits = self.head(z), student(x)
             batchnorm_loss = sum((each.loss() for each in statistics), teacher_logits.new_zeros(()))

@@ -54,6 +54,8 @@ class ImagePool:
 
     def column(self, name: str) -> Tensor:
         """What is kept under a name, `(len, ...)`: a view, which may be written to."""
+        if not self._columns:
+            self._filled("ImagePool.column")
         _checks.choice("ImagePool.column", "name", name, tuple(self._columns))
         return self._columns[name][: len(self)]
 
@@ -71,6 +73,10 @@ class ImagePool:
         name = "ImagePool.add"
         _checks.images(name, x, bounds=(0.0, 1.0))
         _checks.labels(name, y, length=x.shape[0], argument="y")
+        if columns.keys() & {"images", "labels"}:
+            raise ValueError(
+                f"{name}: expected `columns` beside images and labels, got {sorted(columns)}"
+            )
         for key, values in columns.items():
             if len(_checks.tensor(name, key, values)) != len(x):
                 raise ValueError(
@@ -93,6 +99,7 @@ class ImagePool:
 
     def stored(self, x: Tensor) -> Tensor:
         """Images as they would come back: rounded, if they are kept in uint8."""
+        _checks.images("ImagePool.stored", x)
         return x if self.dtype == torch.float32 else (x * 255).round() / 255
 
     def draw(self, count: int, *, rng: torch.Generator | None = None) -> Tensor:
@@ -104,7 +111,14 @@ class ImagePool:
         return self._drawn("ImagePool.draw", count, rng)
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of these numbers in float32, and their labels."""
+        """The images of these numbers in float32, and their labels.
+
+        Raises:
+            TypeError, ValueError: numbers that are not int64 `(N,)`, or of no stored image.
+            RuntimeError: the pool is empty.
+        """
+        self._filled("ImagePool")
+        _checks.labels("ImagePool", index, num_classes=len(self), argument="index")
         x = self._columns["images"][index]
         return (x.float() / 255 if x.dtype == torch.uint8 else x), self._columns["labels"][index]
 
@@ -124,16 +138,22 @@ class ImagePool:
         columns = {name: self.column(name).clone() for name in self._columns}
         return {"columns": columns, "added": self._added}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
-        self._columns = {name: values.clone() for name, values in state["columns"].items()}
+    def load_state_dict(
+        self, state: dict[str, Any], *, device: torch.device | str | None = None
+    ) -> None:
+        """What `state_dict` gave, on a device; None leaves it where it is."""
+        name = "ImagePool.load_state_dict"
+        _checks.mapping(name, "state", state, ("columns", "added"))
+        if device is not None:
+            device = _checks.device(name, device)
+        columns = state["columns"].items()
+        self._columns = {name: values.to(device, copy=True) for name, values in columns}
         self._added = state["added"]
 
     def _drawn(self, name: str, count: int, rng: torch.Generator | None) -> Tensor:
         _checks.integer(name, "count", count, low=1)
         _checks.generator(name, rng)
-        if not self._columns:
-            raise RuntimeError(f"{name}: expected images in the pool, got an empty one")
+        self._filled(name)
         home = self._columns["images"].device
         device = home if rng is None else rng.device
         if count <= len(self):
@@ -141,6 +161,10 @@ class ImagePool:
         else:
             index = torch.randint(len(self), (count,), generator=rng, device=device)
         return index.to(home)
+
+    def _filled(self, name: str) -> None:
+        if not len(self):
+            raise RuntimeError(f"{name}: expected images in the pool, got an empty one")
 
     def _check_like_the_stored(self, name: str, x: Tensor, rows: dict[str, Tensor]) -> None:
         stored = {key: tuple(values.shape[1:]) for key, values in self._columns.items()}
@@ -159,7 +183,7 @@ class ImagePool:
         """Storage for `wanted` images; doubling keeps the copies linear in what is added."""
         held = len(self._columns["labels"]) if self._columns else 0
         limit = wanted if self.capacity is None else self.capacity
-        if held >= min(wanted, limit):
+        if held and held >= min(wanted, limit):
             return
         size = max(wanted, 2 * held)
         size = size if self.capacity is None else min(size, self.capacity)

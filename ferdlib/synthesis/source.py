@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ferdlib import _checks
+from ferdlib._ranks import drawn
 
 
 @runtime_checkable
@@ -70,10 +71,16 @@ def sample_labels(
         )
     device = p.device if rng is None else rng.device
     weights = p.to(device)
-    if method == "multinomial":
-        return torch.multinomial(weights, count, replacement=True, generator=rng).to(p.device)
-    offset = torch.rand((), generator=rng, device=device)
-    points = (torch.arange(count, device=device) + offset) / count
     edges = weights.double().cumsum(dim=0)
-    labels = torch.searchsorted(edges / edges[-1], points.double(), right=True)
-    return labels.clamp(max=len(p) - 1).to(p.device)
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        (n,) = shape
+        if method == "multinomial":
+            return torch.multinomial(weights, n, replacement=True, generator=generator)
+        points = (
+            torch.arange(n, device=device) + torch.rand((), generator=generator, device=device)
+        ) / n
+        labels = torch.searchsorted(edges / edges[-1], points.double(), right=True)
+        return labels.clamp(max=len(p) - 1)
+
+    return drawn(draw, (count,), rng).to(p.device)

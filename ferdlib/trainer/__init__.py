@@ -1,6 +1,8 @@
 """The thin reference trainer: composition of the primitives, no mathematics of its own."""
 
+from ferdlib.trainer.checkpoint import Checkpoints
 from ferdlib.trainer.config import FERDConfig
-from ferdlib.trainer.loop import EpochStats, FERDTrainer
+from ferdlib.trainer.loop import FERDTrainer
+from ferdlib.trainer.stats import EpochStats
 
-__all__ = ["EpochStats", "FERDConfig", "FERDTrainer"]
+__all__ = ["Checkpoints", "EpochStats", "FERDConfig", "FERDTrainer"]

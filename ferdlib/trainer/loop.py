@@ -4,61 +4,40 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks, losses, reweight
+from ferdlib import _checks
 from ferdlib._modes import borrowed
-from ferdlib.attacks import least_pgd_steps, pgd
+from ferdlib._ranks import Ranks
 from ferdlib.methods import FrozenTeacher, Method
 from ferdlib.models.freeze import FrozenModel, fast_copy
-from ferdlib.synthesis import ImagePool, Inversion, Source
+from ferdlib.reweight import ClassMean
+from ferdlib.synthesis import Inversion, Source
+from ferdlib.synthesis.health import NonFiniteError
 from ferdlib.synthesis.inversion import OptimizerFactory, adam
-from ferdlib.trainer import parts
+from ferdlib.trainer import guards, parts
+from ferdlib.trainer import state as states
 from ferdlib.trainer.cache import TeacherCache
 from ferdlib.trainer.config import FERDConfig
+from ferdlib.trainer.guards import StepLosses
 from ferdlib.trainer.parts import Rule
+from ferdlib.trainer.probabilities import ClassProbabilities
+from ferdlib.trainer.stats import CollapseMonitor, EpochStats
 
 LOG = logging.getLogger("ferdlib")
 
 AttackStep = Callable[[nn.Module, Tensor, Tensor], Tensor]
 StudentOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpochStats:
-    """What one epoch of `FERDTrainer` did.
-
-    Attributes:
-        epoch: number of epochs done, this one included.
-        warmup: whether the student was left alone.
-        student_loss: mean of the distillation loss over the epoch's steps; nan in warm-up.
-        learning_rate: the student's, during the epoch.
-        class_probabilities: p for the next epoch's labels.
-        label_agreement: share of the stored batch that the teacher assigns to the label it was made for.
-        diversity: standard deviation of a pixel over the stored batch, mean over pixels; 0 is collapse.
-        pool_size: images stored so far.
-        synthesis: the source's metrics: generator losses and the non-robust fraction for FERD's.
-        seconds: wall-clock time.
-    """
-
-    epoch: int
-    warmup: bool
-    student_loss: float
-    learning_rate: float
-    class_probabilities: tuple[float, ...]
-    label_agreement: float
-    diversity: float
-    pool_size: int
-    synthesis: dict[str, float]
-    seconds: float
 
 
 class FERDTrainer:
@@ -75,7 +54,8 @@ class FERDTrainer:
         generator: codes to images; None makes a `synthesis.Generator` of the config's shape.
         config: the settings.
         source: makes images, instead of FERD's inversion.
-        method: attack and loss, instead of FERD's. If it has an `rng` that is None, the trainer's is set.
+        method: attack and loss, instead of FERD's. A source or method with an `rng` that is None gets the
+            trainer's.
         attack: called as `attack(student, x, y)`, instead of the method's; where that is what a
             method learns from (the Fair- ones, GAIRAT), it must be called in it.
         validation: batches `(x, y)` of held-out images, iterated once per epoch, for methods that `validate`.
@@ -83,6 +63,8 @@ class FERDTrainer:
         student_optimizer: makes the student's optimizer from its parameters, instead of the config's SGD.
         generator_optimizer: makes the generator's from parameter groups at every epoch, instead of Adam.
         seed: of all randomness, >= 0.
+        diagnostics: folder for a JSON file with the figures of a run that stops at NaN or infinity; None
+            writes none.
         device: where the models are moved; None leaves them where the student is.
 
     Attributes:
@@ -121,12 +103,16 @@ class FERDTrainer:
         student_optimizer: StudentOptimizer | None = None,
         generator_optimizer: OptimizerFactory | None = None,
         seed: int = 0,
+        diagnostics: str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         parts.check_models(teacher, student, config)
         self._rng = torch.Generator().manual_seed(
             _checks.integer("FERDTrainer", "seed", seed, low=0)
         )
+        self._ranks = Ranks.here()
+        noise = self._ranks.noise(self._rng)
+        self._share = self._ranks.share("FERDTrainer", "config.batch_size", config.batch_size)
         self.device = torch.device(device or next(student.parameters()).device)
         self.teacher, self.student = teacher.to(self.device), student.to(self.device)
         self.config = config
@@ -135,40 +121,65 @@ class FERDTrainer:
         if source is None:
             parts.check_logits(teacher, student, config, self.device)
             generator = generator or parts.fresh_generator(config, self.device, self._rng)
-            source = parts.inversion(
-                config, teacher, generator.to(self.device), generator_optimizer or adam, self._rng
-            )
+            optimizer = generator_optimizer or adam
+            generator = generator.to(self.device)
+            source = parts.inversion(config, teacher, generator, optimizer, noise, self._ranks)
         self.source: Source = source
         self.generator = generator
-        self.method: Method = method or parts.distillation(config, self._fast_teacher, self._rng)
+        self.method: Method = method or parts.distillation(config, self._fast_teacher, noise)
         parts.check_method(self.method, validation)
-        if getattr(self.method, "rng", self._rng) is None:
-            self.method.rng = self._rng  # type: ignore[attr-defined]
+        for part in (self.method, self.source):
+            if getattr(part, "rng", noise) is None:
+                part.rng = noise  # type: ignore[union-attr]
         self._validation = validation
         self._attack = attack or self.method.attack
-        self._rule = reweight or parts.rule(config)
-        self._crops = parts.crops(config, self._rng)
-        self.pool = ImagePool(config.pool_capacity, getattr(torch, config.pool_dtype))
+        self._crops = parts.crops(config, noise)
+        self.pool = parts.pool(config, self._ranks)
         self._cache = TeacherCache(self.pool, config, self.method, replaced=attack is not None)
+        self._parallel = self._ranks.parallel(student)
         trained = [p for p in student.parameters() if p.requires_grad]
         self.student_optimizer = (student_optimizer or partial(parts.sgd, config))(trained)
         self._initial_rates = [group["lr"] for group in self.student_optimizer.param_groups]
         self.class_probabilities = torch.full((config.num_classes,), 1 / config.num_classes)
+        self._probabilities = ClassProbabilities(
+            config,
+            reweight or parts.rule(config),
+            self._fast_teacher,
+            self._teacher_logits,
+            noise,
+            self._ranks,
+        )
+        self._diagnostics = None if diagnostics is None else Path(diagnostics)
         self.epoch = 0
-        self._statistic = torch.full((config.num_classes,), torch.nan, dtype=torch.float64)
+        self._monitor = CollapseMonitor()
         self._batch: tuple[Tensor, Tensor] | None = None
+        # The losses of an epoch that was stopped among its student steps.
+        self._stopped: list[Tensor] | None = None
 
-    def epochs(self) -> Iterator[EpochStats]:
+    def epochs(self, *, stop: Callable[[], bool] | None = None) -> Iterator[EpochStats]:
         """Train from `epoch` to `config.epochs`, and yield after each.
 
         The loop body may evaluate, log, save `state_dict()` or stop; a stopped loop is continued by
         calling `epochs()` again.
 
+        Args:
+            stop: asked before each epoch and each student step; once it says so, the loop ends there and
+                `state_dict()` holds the place. With another source than an `Inversion` it is asked
+                before each epoch only, because the place within such a source's epoch cannot be kept.
+
         Raises:
-            RuntimeError: a loss became NaN or infinite.
+            RuntimeError: a loss, a gradient or logits became NaN or infinite. Looked at once per stage of an
+                epoch, so that no step waits for an answer.
         """
-        while self.epoch < self.config.epochs:
-            yield self._run_epoch()
+        while self.epoch < self.config.epochs and not (stop is not None and stop()):
+            inside = stop if isinstance(self.source, Inversion) else None
+            try:
+                stats = self._run_epoch(inside)
+            except NonFiniteError as error:
+                self._end(error)
+            if stats is None:
+                return
+            yield stats
 
     def fit(self) -> list[EpochStats]:
         """Run `epochs()` to the end."""
@@ -195,26 +206,11 @@ class FERDTrainer:
                 "FERDTrainer.update_class_probabilities: expected a synthesised batch, got none; "
                 "call synthesize() first"
             )
-        if self._rule is None:
-            return self.class_probabilities
-        config = self.config
-        means = self._class_means(*self._batch)
-        if config.absent_classes == "zero":
-            means = means.nan_to_num(nan=0.0)
-        elif config.absent_classes == "previous":
-            means = torch.where(means.isnan(), self._statistic, means)
-        if config.margin_ema > 0:
-            kept = torch.where(self._statistic.isnan(), means, self._statistic)
-            means = config.margin_ema * kept + (1 - config.margin_ema) * means
-        self._statistic = means
-        self.class_probabilities = reweight.normalize(self._rule(means), to="sum").float()
-        largest = float(self.class_probabilities.max())
-        if largest > max(0.5, 2 / config.num_classes):
-            LOG.warning(
-                "FERDTrainer: class %d has probability %.2f; raise `class_floor` or `reweight_temperature`",
-                int(self.class_probabilities.argmax()),
-                largest,
-            )
+        x, y = self._batch
+        if self.config.margin_images == "last" and isinstance(self.source, Inversion):
+            assert self.source.last_images is not None
+            x = self.source.last_images
+        self.class_probabilities = self._probabilities.update(self.class_probabilities, x, y)
         return self.class_probabilities
 
     def distill_step(self) -> Tensor:
@@ -226,7 +222,7 @@ class FERDTrainer:
         Raises:
             RuntimeError: the pool is empty.
         """
-        index = self.pool.draw(self.config.batch_size, rng=self._rng)
+        index = self.pool.draw(self._share, rng=self._rng)
         x, y = self.pool[index]
         crops = None if self._crops is None else self._crops(len(x), device=x.device)
         x = x if crops is None else crops(x)
@@ -239,18 +235,23 @@ class FERDTrainer:
             x_adv = self._cache.recall(index, crops, x)
             if x_adv is None:
                 x_adv = self._attack(self.student, x, y)
-            loss = self.method.loss(self.student, x, x_adv, y).mean()
+            loss = self.method.loss(self._parallel, x, x_adv, y).mean()
         self.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.student_optimizer.step()
-        return loss.detach()
+        return self._ranks.mean(loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on as if nothing had happened, as copies.
 
-        Taken between epochs; the teacher is not in it. `torch.save` writes it, and
-        `torch.load(..., weights_only=True)` reads it.
+        Taken between epochs, or when `epochs(stop=...)` has ended; the teacher is not in it. It holds tensors
+        and plain values only, as `Checkpoints` and `torch.load(..., weights_only=True)` want it.
         """
+        stopped = None
+        if self._stopped is not None:
+            assert self._batch is not None
+            batch = tuple(map(self._ranks.gathered, self._batch))
+            stopped = {"losses": self._stopped, "batch": batch}
         state = {
             "config": asdict(self.config),
             "epoch": self.epoch,
@@ -258,88 +259,122 @@ class FERDTrainer:
             "student_optimizer": self.student_optimizer.state_dict(),
             "source": self.source.state_dict(),
             "method": self.method.state_dict(),
-            "pool": self.pool.state_dict(),
             "class_probabilities": self.class_probabilities,
-            "statistic": self._statistic,
-            "rng": self._rng.get_state(),
+            "statistic": self._probabilities.statistic,
+            "largest_diversity": self._monitor.largest_diversity,
+            "rng": {name: rng.get_state() for name, rng in self._generators().items()},
+            "stopped": stopped,
         }
-        return copy.deepcopy(state)
+        return {
+            **copy.deepcopy(state),
+            "pool": states.gathered(self.pool.state_dict(), self._ranks),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict()` of a trainer with the same config.
 
         Raises:
-            ValueError: the state was made under another config (the fields that differ are named) or for
-                another student; nothing is loaded then.
+            ValueError: the state was made under another config (the fields that differ are named), for
+                another student, or with other random generators; nothing is loaded then.
         """
-        saved, own = state["config"], asdict(self.config)
-        differing = sorted(k for k in own.keys() | saved.keys() if saved.get(k) != own.get(k))
-        if differing:
-            raise ValueError(
-                "FERDTrainer.load_state_dict: expected a state of the same config, got other values "
-                f"for {', '.join(differing)}"
-            )
-        # torch loads what fits before it complains of what does not.
-        shapes = [
-            {name: tuple(value.shape) for name, value in weights.items()}
-            for weights in (state["student"], self.student.state_dict())
-        ]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "FERDTrainer.load_state_dict: expected a state of the same student architecture, got "
-                f"other names or shapes for {', '.join(sorted(dict(shapes[0].items() ^ shapes[1].items())))}"
-            )
-        state = copy.deepcopy(state)
+        states.check(state, asdict(self.config), self.student, self._generators())
+        self.pool.load_state_dict(states.parted(state["pool"], self._ranks), device=self.device)
+        state = copy.deepcopy({key: value for key, value in state.items() if key != "pool"})
         self.student.load_state_dict(state["student"])
         self.student_optimizer.load_state_dict(state["student_optimizer"])
         self.source.load_state_dict(state["source"])
         self.method.load_state_dict(state["method"])
-        self.pool.load_state_dict(state["pool"])
-        self.class_probabilities, self._statistic = state["class_probabilities"], state["statistic"]
-        self._rng.set_state(state["rng"])
+        self.class_probabilities = state["class_probabilities"]
+        self._probabilities.statistic = state["statistic"]
+        self._monitor.largest_diversity = state["largest_diversity"]
+        for name, rng in self._generators().items():
+            rng.set_state(state["rng"][name])
         self.epoch = state["epoch"]
-        self._batch = None
+        self._batch = self._stopped = None
+        if state["stopped"] is not None:
+            x, y = map(self._ranks.part, state["stopped"]["batch"])
+            self._batch = x.to(self.device), y.to(self.device)
+            self._stopped = state["stopped"]["losses"]
 
-    def _run_epoch(self) -> EpochStats:
+    def _generators(self) -> dict[str, torch.Generator]:
+        return states.generators(self._rng, method=self.method, source=self.source)
+
+    def _run_epoch(self, stop: Callable[[], bool] | None) -> EpochStats | None:
+        """None if it was stopped among its student steps."""
         start = time.perf_counter()
-        config, warmup = self.config, self.epoch < self.config.warmup_epochs
-        self._set_rates()
-        self._batch = None
-        step_losses: list[Tensor] = []
-        for batch in self._batches():
-            self._store(batch)
-            self.update_class_probabilities()
-            if not warmup:
-                step_losses += [self.distill_step() for _ in range(config.student_steps)]
+        warmup = self.epoch < self.config.warmup_epochs
+        begun, self._stopped = self._stopped, None
+        step_losses = StepLosses(begun or [])
+        steps = 0 if warmup else self.config.student_steps - len(step_losses.values)
+        for _ in self._turns(steps, begun=begun is not None):
+            if stop is not None and stop():
+                step_losses.mean()  # refuses to keep what is not finite
+                self._stopped = step_losses.values
+                return None
+            try:
+                step_losses.add(self.distill_step(), self.student)
+            except (RuntimeError, ValueError):  # an attack refuses a student that is not finite
+                step_losses.blame(self.student)
+                raise
         if self._batch is None:
             raise RuntimeError("FERDTrainer: expected `source` to yield a batch, got none")
-        x, y = self._batch
-        student_loss = float(torch.stack(step_losses).mean()) if step_losses else float("nan")
-        if step_losses and not student_loss < float("inf"):
-            raise RuntimeError(
-                f"FERDTrainer: expected a finite student loss, got {student_loss} in epoch {self.epoch}; "
-                f"lower `student_lr`"
-            )
+        student_loss = step_losses.mean()
         if not warmup:  # the method has seen nothing of a warm-up epoch
             if self._validation is not None:
                 batches = ((x.to(self.device), y.to(self.device)) for x, y in self._validation)
-                self.method.validate(self.student, batches)
+                self.method.validate(self.student, batches)  # type: ignore[attr-defined]
+            for part in getattr(self.method, "__dict__", {}).values():
+                if isinstance(part, ClassMean):
+                    self._ranks.add_to(part)
             self.method.end_epoch()
+            self._ranks.average_buffers(self.student)
         self.epoch += 1
-        stats = EpochStats(
+        stats = self._stats(warmup, student_loss, time.perf_counter() - start)
+        LOG.info("%s", stats)
+        self._monitor.watch(stats)
+        return stats
+
+    def _turns(self, steps: int, *, begun: bool) -> Iterator[None]:
+        """One for each step of the student; the single batch of an epoch that was begun is stored."""
+        if begun:
+            yield from repeat(None, steps)
+            return
+        self._set_rates()
+        self._batch = None
+        for batch in self._batches():
+            self._store(batch)
+            self.update_class_probabilities()
+            yield from repeat(None, steps)
+
+    def _end(self, error: NonFiniteError) -> NoReturn:
+        guards.stop(
+            error,
+            self._diagnostics,
+            epoch=self.epoch + 1,
+            class_probabilities=self.class_probabilities,
+            learning_rates=[group["lr"] for group in self.student_optimizer.param_groups],
+            models={"student": self.student, "generator": self.generator},
+        )
+
+    def _stats(self, warmup: bool, student_loss: float, seconds: float) -> EpochStats:
+        assert self._batch is not None
+        x, y = self._batch
+        counts = torch.bincount(self.pool.labels, minlength=self.config.num_classes)
+        agree = (self._teacher_logits(x).argmax(dim=1) == y).float().mean()
+        diversity = x.std(dim=0).mean() if len(x) > 1 else x.new_zeros(())
+        return EpochStats(
             epoch=self.epoch,
             warmup=warmup,
             student_loss=student_loss,
             learning_rate=self.student_optimizer.param_groups[0]["lr"],
             class_probabilities=tuple(self.class_probabilities.tolist()),
-            label_agreement=float((self._teacher_logits(x).argmax(dim=1) == y).float().mean()),
-            diversity=float(x.std(dim=0).mean()) if len(x) > 1 else 0.0,
-            pool_size=len(self.pool),
+            label_agreement=float(self._ranks.mean(agree)),
+            diversity=float(self._ranks.mean(diversity)),
+            class_counts=tuple(self._ranks.total(counts).tolist()),
+            pool_size=len(self.pool) * self._ranks.size,
             synthesis=dict(self.source.metrics),
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
         )
-        LOG.info("%s", stats)
-        return stats
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self._fast_teacher, FrozenModel):
@@ -354,36 +389,11 @@ class FERDTrainer:
         self._batch = batch
         return batch
 
-    def _class_means(self, x: Tensor, y: Tensor) -> Tensor:
-        """Class means of the adversarial margin (Eq. 2 without its sign) or of the least PGD steps."""
-        config = self.config
-        if config.margin_images == "last" and isinstance(self.source, Inversion):
-            assert self.source.last_images is not None
-            x = self.source.last_images
-        labels = y if config.margin_labels == "sampled" else self._teacher_logits(x).argmax(dim=1)
-        settings: dict[str, Any] = {
-            "eps": config.eps,
-            "step_size": config.step_size,
-            "steps": config.margin_attack_steps,
-            "rng": self._rng,
-        }
-        means = reweight.ClassMean(config.num_classes)
-        if config.reweighting.startswith("lps"):
-            means.update(least_pgd_steps(self._fast_teacher, x, labels, **settings)[1], labels)
-        else:
-            logits = self._teacher_logits(pgd(self._fast_teacher, x, labels, **settings))
-            confidence = logits if config.margin_on == "logits" else logits.softmax(dim=1)
-            means.update(losses.margin(confidence, labels), labels)
-        return means.compute().cpu()
-
     def _set_rates(self) -> None:
-        """The epoch's learning rates: a cosine of the epochs done, from the initial ones to 0."""
-        config = self.config
-        if config.schedule == "constant":
+        if self.config.schedule == "constant":  # the optimizer's owner may change it
             return
-        start = 0 if config.schedule_warmup else config.warmup_epochs
-        done = max(0, self.epoch - start) / (config.epochs - start)
+        factor = parts.rate_factor(self.config, self.epoch)
         for group, initial in zip(
             self.student_optimizer.param_groups, self._initial_rates, strict=True
         ):
-            group["lr"] = initial * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = initial * factor

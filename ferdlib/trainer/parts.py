@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from ferdlib import _checks, losses, reweight
 from ferdlib._modes import borrowed
+from ferdlib._ranks import Ranks
 from ferdlib.augment import Crops
 from ferdlib.bottleneck import split_at
 from ferdlib.methods import FERDDistillation, Method
-from ferdlib.synthesis import Generator, Inversion
+from ferdlib.synthesis import Generator, ImagePool, Inversion
 from ferdlib.synthesis.inversion import OptimizerFactory
 from ferdlib.trainer.config import FERDConfig
 
@@ -34,6 +36,7 @@ def inversion(
     generator: nn.Module,
     optimizer: OptimizerFactory,
     rng: torch.Generator,
+    ranks: Ranks,
 ) -> Inversion:
     """FERD's source of images."""
     features, head = split_at(teacher, config.layer)
@@ -42,7 +45,7 @@ def inversion(
         features=features,
         head=head,
         generator=generator,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // ranks.size,
         steps=config.generator_steps,
         latent_dim=config.latent_dim,
         adv_weight=config.adv_loss_weight,
@@ -68,6 +71,7 @@ def inversion(
         optimizer=optimizer,
         precision=partial(precision, config, next(teacher.parameters()).device),
         rng=rng,
+        ranks=ranks,
     )
 
 
@@ -98,6 +102,13 @@ def sgd(config: FERDConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.O
     )
 
 
+def rate_factor(config: FERDConfig, epoch: int) -> float:
+    """Of the student's initial rate, after so many epochs: a cosine from 1 to 0."""
+    start = 0 if config.schedule_warmup else config.warmup_epochs
+    done = max(0, epoch - start) / (config.epochs - start)
+    return (1 + math.cos(math.pi * done)) / 2
+
+
 def precision(config: FERDConfig, device: torch.device) -> AbstractContextManager[Any]:
     """A fresh context for forwards."""
     if config.precision == "float32":
@@ -121,6 +132,14 @@ def rule(config: FERDConfig) -> Rule | None:
         "lps_tanh": partial(reweight.lps_tanh, steps=steps),
     }
     return rules[config.reweighting]
+
+
+def pool(config: FERDConfig, ranks: Ranks) -> ImagePool:
+    """This process's share of the images."""
+    capacity = config.pool_capacity
+    if capacity is not None:
+        capacity = ranks.share("FERDTrainer", "config.pool_capacity", capacity)
+    return ImagePool(capacity, getattr(torch, config.pool_dtype))
 
 
 def crops(config: FERDConfig, rng: torch.Generator) -> Callable[..., Crops] | None:

@@ -1,0 +1,40 @@
+"""Whether the numbers of a training step are finite, asked without making an accelerator wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, a gradient or logits became NaN or infinite.
+
+    Attributes:
+        part: where: "generator", "margins" or "student".
+        step: the first such step of its epoch, counted from 1.
+        losses: what they were: of every step, or of the parts of the last one.
+    """
+
+    def __init__(
+        self, message: str, *, part: str, step: int, losses: dict[str, float | list[float]]
+    ) -> None:
+        super().__init__(message)
+        self.part, self.step, self.losses = part, step, losses
+
+
+def is_finite(loss: Tensor, gradients: Iterable[Tensor | None]) -> Tensor:
+    """A boolean scalar on the loss's device, which nothing waits for until it is read.
+
+    Logits that are not finite make their loss so. A gradient that is finite, but whose norm is too large
+    for float32, counts as infinite.
+    """
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return loss.detach().isfinite() & norm.to(loss.device).isfinite()
+
+
+def first_bad(healthy: Sequence[Tensor]) -> int | None:
+    """The number, from 1, of the first step that was not finite; the one place that waits."""
+    bad = (~torch.stack(list(healthy))).nonzero() if healthy else torch.empty(0)
+    return int(bad[0]) + 1 if len(bad) else None

@@ -1,0 +1,233 @@
+"""FERD over several gloo processes: the same numbers as one process with the same global batch."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from sklearn.datasets import load_digits
+from torch import nn
+
+from ferdlib.methods import create
+from ferdlib.models.cnn import SmallCNN
+from ferdlib.synthesis import Generator
+from ferdlib.trainer import FERDConfig, FERDTrainer
+
+ROOT = Path(__file__).parents[1]
+SIZES = {
+    "num_classes": 3,
+    "layer": "layer4",
+    "image_shape": (1, 8, 8),
+    "epochs": 3,
+    "warmup_epochs": 0,
+    "batch_size": 12,
+    "generator_steps": 4,
+    "generator_lr": 0.01,
+    "generator_width": 4,
+    "latent_dim": 5,
+    "bottleneck_steps": 3,
+    "student_steps": 2,
+    "attack_steps": 2,
+    "margin_attack_steps": 2,
+    "crop_padding": 1,
+}
+
+
+class StillNorm(nn.BatchNorm2d):
+    """BatchNorm in eval mode for good: of a whole batch's statistics only SyncBatchNorm knows, on CUDA."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x):
+        self.training = False
+        return super().forward(x)
+
+
+def still(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                layer = StillNorm(child.num_features).double()
+                layer.load_state_dict(child.state_dict())
+                setattr(module, name, layer)
+    return model
+
+
+class DoubleCNN(SmallCNN):
+    def forward(self, x):
+        return super().forward(x.double())
+
+
+class DoubleGenerator(Generator):
+    def forward(self, latents, labels=None):
+        return super().forward(latents.double(), labels).float()
+
+
+def make_trainer(preset="paper", method=None, **changes):
+    torch.manual_seed(5)
+    teacher, student = DoubleCNN(1, 3, width=4).double(), DoubleCNN(1, 3, width=2).double()
+    digits = torch.tensor(load_digits().images[:64])[:, None] / 16
+    with torch.no_grad():
+        teacher.fc.weight.mul_(10)
+        for _ in range(30):
+            teacher(digits)
+    config = getattr(FERDConfig, preset)(**(SIZES | changes))
+    labels = 3 if config.conditional_generator else None
+    generator = DoubleGenerator((1, 8, 8), latent_dim=5, width=4, num_classes=labels).double()
+    if method is not None:
+        method = create(method, 3, teacher=teacher, steps=2, eps=0.1, step_size=0.05)
+    return FERDTrainer(
+        teacher, still(student), still(generator), config=config, method=method, seed=20
+    )
+
+
+def trained(rank, size, preset, epochs, changes, method=None):
+    trainer = make_trainer(preset, method, **changes)
+    found = {"losses": [], "p": [], "generator": [], "agreement": []}
+    for stats in trainer.epochs():
+        found["losses"].append(stats.student_loss)
+        found["p"].append(list(stats.class_probabilities))
+        found["generator"].append(stats.synthesis["total"])
+        found["agreement"].append(stats.label_agreement)
+        assert stats.pool_size == 12 * stats.epoch
+        if stats.epoch == epochs:
+            break
+    found["gradients"] = [p.grad.clone() for p in trainer.student.parameters()]
+    found["weights"] = list(trainer.student.state_dict().values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("paper", {}),
+        ("paper", {"reweighting": "lps_power"}),
+        ("released", {"mask_threshold": "channel"}),
+    ],
+    ids=["paper", "lps", "released"],
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_epoch_of_several_processes_is_that_of_one(preset, changes, size):
+    """One epoch, in which every process trains on all that it has stored: the global batch is the same.
+
+    Not so crops and starts of the student's images, whose order in the batch is another one.
+    """
+    expected = trained(0, 1, preset, 1, changes)
+    for found in on_ranks(size, trained, preset, 1, changes):
+        for key in ("generator", "agreement", *(["losses"] if preset == "paper" else [])):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6)
+        assert torch.allclose(torch.tensor(found["p"]), torch.tensor(expected["p"]), atol=1e-6)
+        if preset == "paper":
+            for key in ("gradients", "weights"):
+                for a, b in zip(found[key], expected[key], strict=True):
+                    assert float((a - b).abs().max()) < 1e-6
+
+
+def state_of(rank, size, epochs):
+    trainer = make_trainer(epochs=6)
+    for stats in trainer.epochs():
+        if stats.epoch == epochs:
+            break
+    return trainer.state_dict()
+
+
+def resumed(rank, size, state):
+    trainer = make_trainer(epochs=6)
+    trainer.load_state_dict(state)
+    losses = [stats.student_loss for stats in trainer.epochs()]
+    return {"losses": losses, "p": trainer.class_probabilities, "pool": len(trainer.pool)}
+
+
+def test_four_processes_go_on_as_two_and_as_one():
+    states = on_ranks(4, state_of, 2)
+    assert states[0]["pool"]["columns"]["images"].shape[0] == 2 * 12
+    for state in states[1:]:
+        assert torch.equal(state["rng"]["trainer"], states[0]["rng"]["trainer"])
+        for a, b in zip(state["student"].values(), states[0]["student"].values(), strict=True):
+            assert torch.equal(a, b)
+    for size in (4, 2):
+        found = on_ranks(size, resumed, states[0])
+        assert all(f["losses"] == found[0]["losses"] for f in found)
+        assert all(torch.equal(f["p"], found[0]["p"]) for f in found)
+        assert all(f["pool"] == 6 * 12 // size for f in found)
+        assert len(found[0]["losses"]) == 4
+    alone = resumed(0, 1, states[0])
+    assert len(alone["losses"]) == 4
+    assert alone["pool"] == 6 * 12
+
+
+def test_resuming_with_as_many_processes_equals_not_stopping():
+    whole = on_ranks(2, trained, "paper", 3, {})
+    found = on_ranks(2, finished, on_ranks(2, state_of_three, 1)[0])
+    for a, b in zip(whole[0]["weights"], found[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def state_of_three(rank, size, epochs):
+    trainer = make_trainer()
+    next(trainer.epochs())
+    return trainer.state_dict()
+
+
+def finished(rank, size, state):
+    trainer = make_trainer()
+    trainer.load_state_dict(state)
+    trainer.fit()
+    return list(trainer.student.state_dict().values())
+
+
+def test_fair_weights_are_those_of_all_processes():
+    found = on_ranks(2, fair_weights)
+    assert torch.equal(found[0], found[1])
+    assert float(found[0].std()) > 0.01
+
+
+def fair_weights(rank, size):
+    trainer = make_trainer(method="fair-rslad")
+    trainer.fit()
+    return trainer.method.class_weights.weights
+
+
+def test_sizes_that_cannot_be_shared():
+    with pytest.raises(
+        Exception, match="expected `config.batch_size` to be a multiple of the 5 proc"
+    ):
+        on_ranks(5, trained, "paper", 1, {})
+
+
+PROGRAM = """
+    import os, sys
+    sys.path[:0] = [{tests!r}]
+    import torch
+    from torch import distributed
+    from test_distributed import make_trainer
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    trainer = make_trainer(epochs=10**6)
+    for stats in trainer.epochs():
+        if distributed.get_rank() == 1 and stats.epoch == 2:
+            os._exit(9)
+"""
+
+
+def test_a_process_that_dies_ends_the_job(tmp_path):
+    """And does not leave the others waiting."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM.format(tests=str(ROOT / "tests"))), "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "--master-addr", "127.0.0.1", "--master-port", "0", str(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "exitcode" in result.stderr
