@@ -103,15 +103,14 @@ def trained(rank, size, preset, epochs, changes, method=None):
 
 
 @pytest.mark.parametrize(
-    ("preset", "changes"),
+    ("preset", "changes", "size"),
     [
-        ("paper", {}),
-        ("paper", {"reweighting": "lps_power"}),
-        ("released", {"mask_threshold": "channel"}),
+        ("paper", {}, 3),
+        ("paper", {"reweighting": "lps_power"}, 2),
+        ("released", {"mask_threshold": "channel"}, 2),
     ],
     ids=["paper", "lps", "released"],
 )
-@pytest.mark.parametrize("size", [2, 3])
 def test_an_epoch_of_several_processes_is_that_of_one(preset, changes, size):
     """One epoch, in which every process trains on all that it has stored: the global batch is the same.
 
@@ -150,12 +149,11 @@ def test_four_processes_go_on_as_two_and_as_one():
         assert torch.equal(state["rng"]["trainer"], states[0]["rng"]["trainer"])
         for a, b in zip(state["student"].values(), states[0]["student"].values(), strict=True):
             assert torch.equal(a, b)
-    for size in (4, 2):
-        found = on_ranks(size, resumed, states[0])
-        assert all(f["losses"] == found[0]["losses"] for f in found)
-        assert all(torch.equal(f["p"], found[0]["p"]) for f in found)
-        assert all(f["pool"] == 6 * 12 // size for f in found)
-        assert len(found[0]["losses"]) == 4
+    found = on_ranks(2, resumed, states[0])
+    assert found[0]["losses"] == found[1]["losses"]
+    assert torch.equal(found[0]["p"], found[1]["p"])
+    assert [f["pool"] for f in found] == [6 * 12 // 2] * 2
+    assert len(found[0]["losses"]) == 4
     alone = resumed(0, 1, states[0])
     assert len(alone["losses"]) == 4
     assert alone["pool"] == 6 * 12
@@ -219,10 +217,11 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
     """And does not leave the others waiting."""
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM.format(tests=str(ROOT / "tests"))), "utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     result = subprocess.run(
-        [*command, "--master-addr", "127.0.0.1", "--master-port", "0", str(program)],
+        [*command, "--nproc-per-node", "2", str(program)],
         env=environment,
         capture_output=True,
         text=True,

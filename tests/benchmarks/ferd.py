@@ -25,10 +25,10 @@ SIZES: dict[str, Any] = {
     "image_shape": (1, 8, 8),
     "epochs": 1,
     "warmup_epochs": 0,
-    "batch_size": 64,
-    "generator_steps": 15,
+    "batch_size": 32,
+    "generator_steps": 8,
     "generator_width": 16,
-    "student_steps": 30,
+    "student_steps": 16,
     "crop_padding": 1,
 }
 TEACHER, STUDENT = "wide_resnet_16_4", "small_cnn_16"
