@@ -2,6 +2,7 @@
 
     python examples/cifar10_ferd.py --teacher Chen2024Data_WRN_34_10 --download
     python examples/cifar10_ferd.py --teacher runs/teacher/teacher.pt --student mobilenet_v2 --preset released
+    torchrun --nproc-per-node 4 examples/cifar10_ferd.py ...    # the same over four processes
     python examples/cifar10_ferd.py --smoke        # two tiny epochs on generated images, on any machine
 
 `--preset` sets every option of FERD at once (default: ferdlib's recommended ones; paper: the text to the
@@ -28,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import train_teacher
-from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate
+from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate, gather, share
 from ferdlib.models import create
 from ferdlib.models.checkpoint import PUBLISHED
 from ferdlib.plots import plot_images
@@ -37,6 +38,7 @@ from files import write_model
 from image_data import SHAPES, Images, Source, chosen, load
 from long_run import Options, Stop, check, check_options, clear, found, interruptible, saved
 from model_sources import normalized, read_model
+from processes import first, join
 
 PRESETS = {"default": FERDConfig, "paper": FERDConfig.paper, "released": FERDConfig.released}
 # Sizes of `--smoke`, whatever the preset says of them.
@@ -208,8 +210,9 @@ def prepare(args: Args) -> tuple[FERDTrainer, Dataset[Any], tuple[str, ...]]:
     config = args.ferd
     if not config.layer:
         config = replace(config, layer=teacher.feature_layers[-1])
+    diagnostics = args.out if first() else None
     trainer = FERDTrainer(
-        teacher, student, config=config, seed=args.seed, device=args.device, diagnostics=args.out
+        teacher, student, config=config, seed=args.seed, device=args.device, diagnostics=diagnostics
     )
     resume(trainer, args)
     return trainer, tested, images.class_names
@@ -242,7 +245,7 @@ def digest(path: Path | None) -> str:
 
 def train(trainer: FERDTrainer, args: Args, stop: Stop) -> None:
     """To the last epoch, or until it is stopped, with a checkpoint then."""
-    log = scalars(args.out / "tensorboard") if args.tensorboard else None
+    log = scalars(args.out / "tensorboard") if args.tensorboard and first() else None
     epochs = saved(
         trainer,
         lambda stop: trainer.epochs(stop=stop),
@@ -252,7 +255,8 @@ def train(trainer: FERDTrainer, args: Args, stop: Stop) -> None:
         stop=stop,
     )
     count = trainer.config.epochs
-    with tqdm(total=count, initial=trainer.epoch, unit="epoch", desc="FERD") as bar:
+    shown = {"unit": "epoch", "desc": "FERD", "disable": not first()}
+    with tqdm(total=count, initial=trainer.epoch, **shown) as bar:
         for stats in epochs:
             bar.update()
             bar.set_postfix_str(
@@ -298,6 +302,22 @@ def report(
     trainer: FERDTrainer, tested: Dataset[Any], class_names: tuple[str, ...], args: Args
 ) -> None:
     """Teacher and student class by class, and synthetic images of the first ten classes."""
+    reports = {}
+    for name, model in {"teacher": trainer.teacher, "student": trainer.student}.items():
+        if first():
+            tqdm.write(f"{name} on the test images", file=sys.stderr)
+        found = evaluate(
+            model,
+            share(tested),
+            protocol(args),
+            num_classes=len(class_names),
+            class_names=class_names,
+            progress=first(),
+        )
+        reports[name] = gather(found)
+    if not first():
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
     write_model(
         trainer.student,
         args.out / "student.pt",
@@ -305,18 +325,8 @@ def report(
         num_classes=args.ferd.num_classes,
         in_channels=args.ferd.image_shape[0],
     )
-    reports = {}
-    for name, model in {"teacher": trainer.teacher, "student": trainer.student}.items():
-        tqdm.write(f"{name} on the test images", file=sys.stderr)
-        reports[name] = evaluate(
-            model,
-            tested,
-            protocol(args),
-            num_classes=len(class_names),
-            class_names=class_names,
-            progress=True,
-        )
-        reports[name].save(args.out / f"report-{name}.json")
+    for name, found in reports.items():
+        found.save(args.out / f"report-{name}.json")
     comparison = compare(reports)
     print(f"\n{comparison}\n\n{comparison.test('student', 'teacher', 'PGD-20')}\n")
     print(f"The student, {args.preset}:\n{reports['student']}\n")
@@ -336,6 +346,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             args = parse(argv)
+            args = replace(args, device=join(args.device))
             if args.smoke:
                 args = replace(args, root=Path(folder))
                 generated_images(args.root, args.ferd)
@@ -353,9 +364,9 @@ def main(argv: list[str]) -> None:
         if trainer.epoch < trainer.config.epochs or stop():
             stop.leave(f"after epoch {trainer.epoch} of {trainer.config.epochs}")
             return
-        args.out.mkdir(parents=True, exist_ok=True)
         report(trainer, tested, class_names, args)
-        clear(args.out / "checkpoints")
+        if first():
+            clear(args.out / "checkpoints")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,12 @@ from ferdlib.evaluation import (
     RobustnessReport,
     compare,
     evaluate,
+    gather,
+    share,
 )
 from image_data import Images, Streamed, chosen, load_any
 from model_sources import Model, check_model, made_by, normalized, read_model
+from processes import first, join
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +123,10 @@ class Work:
 
 def prepare(args: Args) -> Work:
     """Everything that can be wrong with the input is found here, before anything is written."""
+    if args.trust and "RANK" in os.environ:
+        raise ValueError(
+            "expected no --trust with several processes, each of which has a share, got it"
+        )
     if args.protocol not in PROTOCOLS:
         known = ", ".join(PROTOCOLS)
         raise ValueError(f"expected --protocol to be one of {known}, got {args.protocol!r}")
@@ -176,27 +183,33 @@ def load_model(args: Args, images: Images | Streamed) -> Model:
 def measure(work: Work, args: Args) -> tuple[RobustnessReport, Sweep]:
     """The report, saved as soon as it is there, and PGD-20 at each radius of the sweep."""
 
+    process = os.environ.get("RANK", "")  # of those that torchrun starts, each has its own share
+
     def run(protocol: Protocol, part: str, trust: bool) -> RobustnessReport:
-        return evaluate(
+        folder = args.out / "parts" / part / process if process else args.out / "parts" / part
+        found = evaluate(
             work.model,
-            work.data,
+            share(work.data),
             protocol,
             num_classes=len(work.class_names),
             class_names=work.class_names,
             batch_size=args.batch_size,
             fast=args.fast,
             device=args.device,
-            resume=args.out / "parts" / part if args.resume else None,
+            resume=folder if args.resume else None,
             trust=trust,
-            progress=True,
+            progress=first(),
         )
+        return gather(found)
 
     report = run(work.protocol, "report", args.trust)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.save(args.out / "report.json")
+    if first():
+        args.out.mkdir(parents=True, exist_ok=True)
+        report.save(args.out / "report.json")
     sweep = {0.0: report["clean"]} if work.sweep else {}
     for eps, protocol in work.sweep.items():
-        tqdm.write(f"PGD-20 at eps {eps:g}", file=sys.stderr)
+        if first():
+            tqdm.write(f"PGD-20 at eps {eps:g}", file=sys.stderr)
         sweep[eps] = run(protocol, f"sweep-{eps!r}", False)["PGD-20"]
     return report, sweep
 
@@ -259,8 +272,11 @@ def draw(work: Work, report: RobustnessReport, sweep: Sweep) -> dict[str, Axes]:
 
 def main(args: Args) -> None:
     try:
+        args = replace(args, device=join(args.device))
         work = prepare(args)
         report, sweep = measure(work, args)
+        if not first():
+            return
         show(report, sweep, work.against)
         texts = {"md": report.to_markdown(), "tex": report.to_latex(), "csv": report.to_csv()}
         for suffix, text in texts.items():

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol, TypeVar
 
 from ferdlib.trainer import Checkpoints
+from processes import any_of, first
 
 Result = TypeVar("Result")
 State = dict[str, Any]
@@ -60,16 +61,17 @@ class Stop:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self._signal is not None
+        return any_of(self._signal is not None)
 
     @property
     def late(self) -> bool:
         minutes = (time.perf_counter() - self._start) / 60
-        return self._minutes is not None and minutes > self._minutes
+        return any_of(self._minutes is not None and minutes > self._minutes)
 
     def leave(self, where: str) -> None:
         """Say how to go on, and exit as a process does that a signal has ended, if one has come."""
-        print(f"stopped {where}; the same command with --resume auto goes on", flush=True)
+        if first():
+            print(f"stopped {where}; the same command with --resume auto goes on", flush=True)
         if self._signal is not None:
             sys.exit(128 + self._signal)
 
@@ -103,18 +105,27 @@ def saved(
     every: int,
     stop: Stop,
 ) -> Iterator[Result]:
-    """What the loop yields after each epoch, once a checkpoint is written where one is due."""
+    """What the loop yields after each epoch, once a checkpoint is written where one is due.
+
+    Of several processes all take part in making the state, and one writes it.
+    """
+
+    def save() -> None:
+        content = state()
+        if first():
+            checkpoints.save(content, run.epoch)
+
     due = True
     for result in loop(stop):
         late = stop.late
         due = late or run.epoch % every == 0
         if due:
-            checkpoints.save(state(), run.epoch)
+            save()
         yield result
         if late:
             return
     if stop() or not due:
-        checkpoints.save(state(), run.epoch)
+        save()
 
 
 def found(checkpoints: Checkpoints, resume: Path | str | None, keys: set[str]) -> State | None:

@@ -1,0 +1,64 @@
+"""The examples over several processes, as torchrun starts them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ferdlib.evaluation import RobustnessReport
+from ferdlib.models import load_checkpoint, small_cnn
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    """The script on so many processes; a plain one for 1."""
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [sys.executable, *(run if processes > 1 else []), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_ferd_starts_as_two_and_goes_on_as_one(tmp_path):
+    command = ["examples/cifar10_ferd.py", "--smoke", "--epochs", "3", "--out", str(tmp_path)]
+    first = launch(2, *command, "--max-minutes", "0")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("stopped after epoch 1 of 3") == 1  # said once
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    second = launch(1, *command, "--resume", "auto")
+    assert second.returncode == 0, second.stderr
+    load_checkpoint(tmp_path / "student.pt")
+
+
+def test_ferd_ends_with_one_report_of_all_images(tmp_path):
+    result = launch(2, "examples/cifar10_ferd.py", "--smoke", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^The student, default:", result.stdout, flags=re.MULTILINE)) == 1
+    report = RobustnessReport.load(tmp_path / "report-student.json")
+    assert report.index.tolist() == list(range(40))
+
+
+def test_evaluation_does_not_depend_on_the_number(tmp_path):
+    torch.manual_seed(0)
+    checkpoint = tmp_path / "model.pt"
+    torch.save(small_cnn(1, 10, width=4).state_dict(), checkpoint)
+    command = ["examples/evaluate.py", "--checkpoint", str(checkpoint), "--data", "digits"]
+    command += ["--architecture", "small_cnn_4", "--protocol", "quick", "--eps", "0.1"]
+    command += ["--test-images", "50"]
+    reports = []
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        result = launch(processes, *command, "--out", str(out))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("written to") == 1
+        reports.append(RobustnessReport.load(out / "report.json"))
+    assert reports[0] == reports[1]
