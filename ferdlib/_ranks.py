@@ -133,7 +133,9 @@ class Ranks:
         if self.size == 1:
             return model
         device = next(model.parameters()).device
-        devices = [device] if device.type == "cuda" else None
+        devices = None
+        if device.type == "cuda":
+            devices, model = [device], nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Buffers are averaged once per epoch: a broadcast at each forward would write to what a backward reads.
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

@@ -26,9 +26,9 @@ SIZES: dict[str, Any] = {
     "epochs": 1,
     "warmup_epochs": 0,
     "batch_size": 32,
-    "generator_steps": 8,
+    "generator_steps": 15,
     "generator_width": 16,
-    "student_steps": 16,
+    "student_steps": 30,
     "crop_padding": 1,
 }
 TEACHER, STUDENT = "wide_resnet_16_4", "small_cnn_16"
