@@ -199,6 +199,14 @@ def test_a_state_of_another_student_is_refused_and_nothing_is_loaded():
     assert same(weights(other.student), before)
 
 
+@pytest.mark.parametrize("key", ["class_probabilities", "statistic"])
+def test_a_state_of_other_classes_is_refused(key):
+    trainer = make_trainer()
+    state = trainer.state_dict() | {key: torch.full((4,), 0.25)}
+    with pytest.raises(ValueError, match=rf"expected `{key}` of shape \(3,\), got \(4,\)"):
+        trainer.load_state_dict(state)
+
+
 def test_the_public_steps_are_the_epoch():
     by_hand, whole = (
         make_trainer(warmup_epochs=0, epochs=1),

@@ -46,6 +46,11 @@ def check(
             f"{name}: expected a state of the same student architecture, got other names or shapes for "
             f"{', '.join(sorted(dict(theirs.items() ^ ours.items())))}"
         )
+    for key in ("class_probabilities", "statistic"):
+        if tuple(state[key].shape) != (config["num_classes"],):
+            raise ValueError(
+                f"{name}: expected `{key}` of shape ({config['num_classes']},), got {tuple(state[key].shape)}"
+            )
     if state["rng"].keys() != rngs.keys():
         raise ValueError(
             f"{name}: expected random generators of {', '.join(rngs)}, got those of "
