@@ -284,7 +284,7 @@ def state(function: str, value: Any, own: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def settings(function: str, owner: Any, **limits: dict[str, Any]) -> None:
-    """The fields of a dataclass as they are annotated: numbers, options, modules, callables.
+    """The fields of a dataclass as they are annotated: numbers, options, switches, words, modules, callables.
 
     Numbers are at least 0 unless their `limits`, keywords of `number` or `integer`, say otherwise.
     """
@@ -311,6 +311,10 @@ def _setting(function: str, name: str, value: Any, hint: Any, limits: dict[str, 
     if typing.get_origin(kind) is typing.Literal:
         none = (None,) if types.NoneType in others else ()
         choice(function, name, value, (*typing.get_args(kind), *none))
+    elif kind in (bool, str):
+        if not isinstance(value, kind):
+            expected = "a bool" if kind is bool else "a string"
+            raise TypeError(f"{function}: expected `{name}` to be {expected}, got {got(value)}")
     elif kind is int:
         integer(function, name, value, **({"low": 0} | limits))
     elif kind is float:

@@ -92,13 +92,16 @@ def autoattack(
         tensor([False,  True])
     """
     name = "autoattack"
+    _checks.callable_(name, "model", model)
     _checks.integer(name, "num_classes", num_classes, low=2)
     _checks.images(name, x, bounds=(0.0, 1.0))
-    _checks.labels(name, targets, length=x.shape[0], num_classes=num_classes)
+    _checks.labels(name, targets, length=x.shape[0], num_classes=num_classes, device=x.device)
     _checks.number(name, "eps", eps, low=0.0, open_low=True)
     _checks.choice(name, "version", version, tuple(VERSIONS))
     _checks.integer(name, "batch_size", batch_size, low=1)
     _checks.integer(name, "seed", seed, low=0)
+    if on_batch is not None:
+        _checks.callable_(name, "on_batch", on_batch)
 
     def forward(batch: Tensor) -> Tensor:
         output = model(batch.to(x.dtype))

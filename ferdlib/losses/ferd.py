@@ -50,10 +50,7 @@ class BatchNormStatistics:
     """
 
     def __init__(self, model: nn.Module, *, across_ranks: bool = False) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"BatchNormStatistics: expected `model` to be a torch.nn.Module, got {_checks.got(model)}"
-            )
+        _checks.module("BatchNormStatistics", "model", model)
         self._model = model
         self._across_ranks = across_ranks
         self._layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]

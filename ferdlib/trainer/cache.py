@@ -32,7 +32,7 @@ class TeacherCache:
         self, pool: ImagePool, config: FERDConfig, method: Method, *, replaced: bool
     ) -> None:
         self.pool = pool
-        self.variants = Crops.count(config.crop_padding)
+        self.variants, self.num_classes = Crops.count(config.crop_padding), config.num_classes
         teacher = getattr(method, "logits", None)
         self.teacher = teacher if isinstance(teacher, FrozenTeacher) else None
         augmented = config.augment != "none"
@@ -53,7 +53,7 @@ class TeacherCache:
         if self.examples:
             columns["examples"] = attack(x, y)
         if self.teacher is not None and self.crop_logits:
-            shape = (len(x), self.variants, self.teacher(x[:1]).shape[1])
+            shape = (len(x), self.variants, self.num_classes)
             columns["crop_logits"] = torch.full(shape, torch.nan, device=x.device)
         return columns
 

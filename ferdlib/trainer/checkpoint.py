@@ -49,11 +49,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(
-                f"Checkpoints: expected `folder` to be a path, got {_checks.got(folder)}"
-            )
-        self.folder = Path(folder)
+        self.folder = _checks.path("Checkpoints", "folder", folder)
         self.keep = _checks.integer("Checkpoints", "keep", keep, low=1)
 
     def files(self) -> list[Path]:
@@ -115,8 +111,10 @@ class Checkpoints:
             ValueError: a file that cannot be read, or that `save` did not write.
         """
         name = repr(str(path))
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Checkpoints.read: expected a checkpoint, got no file {name}")
+        if not _checks.path("Checkpoints.read", "path", path).is_file():
+            raise FileNotFoundError(
+                f"Checkpoints.read: expected `path` of a checkpoint, got no file {name}"
+            )
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's differ by what is wrong with the file

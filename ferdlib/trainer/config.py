@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ferdlib import _checks
@@ -56,6 +55,17 @@ RELEASED: dict[str, Any] = {
     "absent_classes": "zero",
     "augment": "crop_flip",
     "augment_synthesis": True,
+}
+
+
+# What its numbers are beside at least 0.
+_LIMITS: dict[str, dict[str, Any]] = {
+    "num_classes": {"low": 2},
+    **{key: {"low": 1} for key in ("epochs", "batch_size", "generator_steps", "generator_width")},
+    **{key: {"low": 1} for key in ("latent_dim", "margin_attack_steps", "pool_capacity")},
+    **{key: {"open_low": True} for key in ("generator_lr", "latent_lr", "bottleneck_lr")},
+    **{key: {"open_low": True} for key in ("student_lr", "reweight_temperature")},
+    **{key: {"high": 1.0} for key in ("momentum", "margin_ema")},
 }
 
 
@@ -218,8 +228,14 @@ class FERDConfig:
     """bfloat16 runs the models under autocast; losses stay in float32. Release: float32."""
 
     def __post_init__(self) -> None:
-        for name in fields(self):
-            self._check(name.name, getattr(self, name.name))
+        _checks.settings("FERDConfig", self, **_LIMITS)
+        shape = self.image_shape
+        sides = shape if isinstance(shape, tuple) and len(shape) == 3 else (0, 0, 0)
+        if not all(isinstance(s, int) and s > 0 for s in sides) or sides[1] % 4 or sides[2] % 4:
+            raise ValueError(
+                "FERDConfig: expected `image_shape` (C, H, W) of positive integers, H and W divisible by 4, "
+                f"got {shape!r}"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"FERDConfig: expected `warmup_epochs` below `epochs` {self.epochs}, got "
@@ -249,49 +265,3 @@ class FERDConfig:
     def released(cls, **overrides: Any) -> Self:
         """What the authors' public code computes. Keyword arguments replace single fields."""
         return cls(**(RELEASED | overrides))
-
-    def _check(self, name: str, value: Any) -> None:
-        hint = _HINTS[name]
-        options = typing.get_args(hint)
-        if typing.get_origin(hint) is Literal or any(
-            typing.get_origin(option) is Literal for option in options
-        ):
-            _checks.choice("FERDConfig", name, value, _literals(hint))
-        elif type(None) in options and value is None:
-            return
-        elif name == "image_shape":
-            sides = value if isinstance(value, tuple) and len(value) == 3 else (0, 0, 0)
-            fine = all(isinstance(side, int) and side > 0 for side in sides)
-            if not fine or sides[1] % 4 or sides[2] % 4:
-                raise ValueError(
-                    "FERDConfig: expected `image_shape` (C, H, W) of positive integers, H and W divisible "
-                    f"by 4, got {value!r}"
-                )
-        elif hint is bool:
-            if not isinstance(value, bool):
-                raise TypeError(
-                    f"FERDConfig: expected `{name}` to be a bool, got {_checks.got(value)}"
-                )
-        elif hint is str:
-            if not isinstance(value, str):
-                raise TypeError(
-                    f"FERDConfig: expected `{name}` to be a string, got {_checks.got(value)}"
-                )
-        elif hint is int or int in options:
-            _checks.integer("FERDConfig", name, value, low=_LEAST.get(name, 1))
-        else:
-            high = 1.0 if name in ("momentum", "margin_ema") else float("inf")
-            positive = name.endswith(("_lr", "temperature"))
-            _checks.number("FERDConfig", name, value, low=0.0, high=high, open_low=positive)
-
-
-def _literals(hint: Any) -> tuple[Any, ...]:
-    found: list[Any] = []
-    for option in (hint,) if typing.get_origin(hint) is Literal else typing.get_args(hint):
-        found += typing.get_args(option) if typing.get_origin(option) is Literal else [None]
-    return tuple(found)
-
-
-_HINTS = typing.get_type_hints(FERDConfig)
-_LEAST = {"num_classes": 2, "warmup_epochs": 0, "bottleneck_steps": 0, "attack_steps": 0}
-_LEAST |= {"crop_padding": 0, "student_steps": 0}

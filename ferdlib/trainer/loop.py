@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -32,7 +31,7 @@ from ferdlib.trainer.config import FERDConfig
 from ferdlib.trainer.guards import StepLosses
 from ferdlib.trainer.parts import Rule
 from ferdlib.trainer.probabilities import ClassProbabilities
-from ferdlib.trainer.stats import CollapseMonitor, EpochStats
+from ferdlib.trainer.stats import CollapseMonitor, EpochStats, of_images
 
 LOG = logging.getLogger("ferdlib")
 
@@ -107,13 +106,23 @@ class FERDTrainer:
         device: torch.device | str | None = None,
     ) -> None:
         parts.check_models(teacher, student, config)
+        parts.check_given(
+            generator=generator,
+            source=source,
+            method=method,
+            attack=attack,
+            reweight=reweight,
+            student_optimizer=student_optimizer,
+            generator_optimizer=generator_optimizer,
+        )
         self._rng = torch.Generator().manual_seed(
             _checks.integer("FERDTrainer", "seed", seed, low=0)
         )
         self._ranks = Ranks.here()
         noise = self._ranks.noise(self._rng)
         self._share = self._ranks.share("FERDTrainer", "config.batch_size", config.batch_size)
-        self.device = torch.device(device or next(student.parameters()).device)
+        own = next(student.parameters()).device
+        self.device = own if device is None else _checks.device("FERDTrainer", device)
         self.teacher, self.student = teacher.to(self.device), student.to(self.device)
         self.config = config
         self._fast_teacher = fast_copy(teacher) if config.fold_batchnorm else teacher
@@ -149,7 +158,9 @@ class FERDTrainer:
             noise,
             self._ranks,
         )
-        self._diagnostics = None if diagnostics is None else Path(diagnostics)
+        self._diagnostics = (
+            None if diagnostics is None else _checks.path("FERDTrainer", "diagnostics", diagnostics)
+        )
         self.epoch = 0
         self._monitor = CollapseMonitor()
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -164,15 +175,18 @@ class FERDTrainer:
 
         Args:
             stop: asked before each epoch and each student step; once it says so, the loop ends there and
-                `state_dict()` holds the place. With another source than an `Inversion` it is asked
-                before each epoch only, because the place within such a source's epoch cannot be kept.
+                `state_dict()` holds the place. With another source than an `Inversion`, and with several
+                processes, it is asked before each epoch only, because the place within cannot be kept.
 
         Raises:
             RuntimeError: a loss, a gradient or logits became NaN or infinite. Looked at once per stage of an
                 epoch, so that no step waits for an answer.
         """
+        if stop is not None:
+            _checks.callable_("FERDTrainer.epochs", "stop", stop)
+        kept = isinstance(self.source, Inversion) and self._ranks.size == 1
+        inside = stop if kept else None
         while self.epoch < self.config.epochs and not (stop is not None and stop()):
-            inside = stop if isinstance(self.source, Inversion) else None
             try:
                 stats = self._run_epoch(inside)
             except NonFiniteError as error:
@@ -249,9 +263,7 @@ class FERDTrainer:
         """
         stopped = None
         if self._stopped is not None:
-            assert self._batch is not None
-            batch = tuple(map(self._ranks.gathered, self._batch))
-            stopped = {"losses": self._stopped, "batch": batch}
+            stopped = {"losses": self._stopped, "batch": self._batch}
         state = {
             "config": asdict(self.config),
             "epoch": self.epoch,
@@ -292,7 +304,7 @@ class FERDTrainer:
         self.epoch = state["epoch"]
         self._batch = self._stopped = None
         if state["stopped"] is not None:
-            x, y = map(self._ranks.part, state["stopped"]["batch"])
+            x, y = state["stopped"]["batch"]
             self._batch = x.to(self.device), y.to(self.device)
             self._stopped = state["stopped"]["losses"]
 
@@ -337,9 +349,11 @@ class FERDTrainer:
     def _turns(self, steps: int, *, begun: bool) -> Iterator[None]:
         """One for each step of the student; the single batch of an epoch that was begun is stored."""
         if begun:
+            self._follow_teacher()
             yield from repeat(None, steps)
             return
-        self._set_rates()
+        if self.config.schedule != "constant":  # the optimizer's owner may change it
+            parts.set_rates(self.student_optimizer, self._initial_rates, self.config, self.epoch)
         self._batch = None
         for batch in self._batches():
             self._store(batch)
@@ -358,28 +372,27 @@ class FERDTrainer:
 
     def _stats(self, warmup: bool, student_loss: float, seconds: float) -> EpochStats:
         assert self._batch is not None
-        x, y = self._batch
-        counts = torch.bincount(self.pool.labels, minlength=self.config.num_classes)
-        agree = (self._teacher_logits(x).argmax(dim=1) == y).float().mean()
-        diversity = x.std(dim=0).mean() if len(x) > 1 else x.new_zeros(())
         return EpochStats(
             epoch=self.epoch,
             warmup=warmup,
             student_loss=student_loss,
             learning_rate=self.student_optimizer.param_groups[0]["lr"],
             class_probabilities=tuple(self.class_probabilities.tolist()),
-            label_agreement=float(self._ranks.mean(agree)),
-            diversity=float(self._ranks.mean(diversity)),
-            class_counts=tuple(self._ranks.total(counts).tolist()),
-            pool_size=len(self.pool) * self._ranks.size,
             synthesis=dict(self.source.metrics),
             seconds=seconds,
+            **of_images(
+                self.pool, self._batch, self._teacher_logits, self.config.num_classes, self._ranks
+            ),
         )
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(self._fast_teacher, FrozenModel):
-            self._fast_teacher.follow(self.teacher)  # its owner may have loaded weights since
+        self._follow_teacher()
         return self.source.epoch(self.student, self.class_probabilities)
+
+    def _follow_teacher(self) -> None:
+        """Its owner may have loaded weights since the trainer was made."""
+        if isinstance(self._fast_teacher, FrozenModel):
+            self._fast_teacher.follow(self.teacher)
 
     def _store(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = self.pool.stored(batch[0]), batch[1]
@@ -388,12 +401,3 @@ class FERDTrainer:
         self.pool.add(*batch, **columns)
         self._batch = batch
         return batch
-
-    def _set_rates(self) -> None:
-        if self.config.schedule == "constant":  # the optimizer's owner may change it
-            return
-        factor = parts.rate_factor(self.config, self.epoch)
-        for group, initial in zip(
-            self.student_optimizer.param_groups, self._initial_rates, strict=True
-        ):
-            group["lr"] = initial * factor

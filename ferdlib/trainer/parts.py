@@ -17,7 +17,7 @@ from ferdlib._ranks import Ranks
 from ferdlib.augment import Crops
 from ferdlib.bottleneck import split_at
 from ferdlib.methods import FERDDistillation, Method
-from ferdlib.synthesis import Generator, ImagePool, Inversion
+from ferdlib.synthesis import Generator, ImagePool, Inversion, Source
 from ferdlib.synthesis.inversion import OptimizerFactory
 from ferdlib.trainer.config import FERDConfig
 
@@ -102,6 +102,15 @@ def sgd(config: FERDConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.O
     )
 
 
+def set_rates(
+    optimizer: torch.optim.Optimizer, initial: list[float], config: FERDConfig, epoch: int
+) -> None:
+    """The rates of an epoch, from those of the groups at the start."""
+    factor = rate_factor(config, epoch)
+    for group, rate in zip(optimizer.param_groups, initial, strict=True):
+        group["lr"] = rate * factor
+
+
 def rate_factor(config: FERDConfig, epoch: int) -> float:
     """Of the student's initial rate, after so many epochs: a cosine from 1 to 0."""
     start = 0 if config.schedule_warmup else config.warmup_epochs
@@ -170,11 +179,8 @@ def fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generat
 
 
 def check_models(teacher: Any, student: Any, config: Any) -> None:
-    for name, model in (("teacher", teacher), ("student", student)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"FERDTrainer: expected `{name}` to be a torch.nn.Module, got {_checks.got(model)}"
-            )
+    _checks.module("FERDTrainer", "teacher", teacher)
+    _checks.module("FERDTrainer", "student", student)
     if not isinstance(config, FERDConfig):
         raise TypeError(
             f"FERDTrainer: expected `config` to be a FERDConfig, got {_checks.got(config)}"
@@ -184,6 +190,20 @@ def check_models(teacher: Any, student: Any, config: Any) -> None:
             "FERDTrainer: expected `teacher` and `student` without common parameters, got models that "
             "share some; the student is trained in place, so copy it first"
         )
+
+
+def check_given(*, generator: object, source: object, method: object, **functions: object) -> None:
+    """What replaces a part of the trainer, where it is given."""
+    if generator is not None:
+        _checks.module("FERDTrainer", "generator", generator)
+    for name, part, kind in (("source", source, Source), ("method", method, Method)):
+        if part is not None and not isinstance(part, kind):
+            raise TypeError(
+                f"FERDTrainer: expected `{name}` with the methods of a {kind.__name__}, got {_checks.got(part)}"
+            )
+    for name, function in functions.items():
+        if function is not None:
+            _checks.callable_("FERDTrainer", name, function)
 
 
 def check_method(method: Method, validation: object) -> None:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ferdlib._ranks import Ranks
+from ferdlib.methods import FrozenTeacher
+from ferdlib.synthesis import ImagePool
 
 LOG = logging.getLogger("ferdlib")
 
@@ -85,3 +93,23 @@ class CollapseMonitor:
                 f"`label_sampling` to 'stratified'"
             )
         return found
+
+
+def of_images(
+    pool: ImagePool,
+    batch: tuple[Tensor, Tensor],
+    teacher_logits: FrozenTeacher,
+    num_classes: int,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """The figures of `EpochStats` that are of the stored images, over all processes."""
+    x, y = batch
+    agree = (teacher_logits(x).argmax(dim=1) == y).float().mean()
+    diversity = x.std(dim=0).mean() if len(x) > 1 else x.new_zeros(())
+    counts = torch.bincount(pool.labels, minlength=num_classes)
+    return {
+        "label_agreement": float(ranks.mean(agree)),
+        "diversity": float(ranks.mean(diversity)),
+        "class_counts": tuple(ranks.total(counts).tolist()),
+        "pool_size": len(pool) * ranks.size,
+    }

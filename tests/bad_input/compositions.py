@@ -382,7 +382,8 @@ SETTINGS = BALL | {
     "strength": WEIGHT,
     "hedge_rate": WEIGHT,
 }
-SWITCHES = {"train_mode", "kl_mean", "remargin", "fold_batchnorm"}
+SWITCH = Kind(False, {"text": ("yes", TypeError), "number": (1, TypeError)})
+SWITCHES = dict.fromkeys(("train_mode", "kl_mean", "remargin", "fold_batchnorm"), SWITCH)
 OWN_SETTINGS = {
     # Epochs before something begins, where 0 is none of them.
     **{name: {"begin": integer(1, 0)} for name in ("IAD", "GAIRARD", "CFAARD", "FairIAD")},
@@ -391,8 +392,8 @@ OWN_SETTINGS = {
 
 
 def settings_of(kind):
-    own = SETTINGS | OWN_SETTINGS.get(kind.__name__, {})
-    return {f.name: own[f.name] for f in fields(kind) if f.init and f.name not in SWITCHES}
+    own = SETTINGS | SWITCHES | OWN_SETTINGS.get(kind.__name__, {})
+    return {f.name: own[f.name] for f in fields(kind) if f.init}
 
 
 BATCH = {"student": function(STUDENT), "x": images(), "y": labels()}
@@ -564,7 +565,7 @@ def config_kind(name, hint, default):
     """What a field of the config is, by its annotation."""
     alternatives = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
     if name == "image_shape":
-        return unchecked(Kind(default, SHAPE), "text", "number", "none", "floats")
+        return Kind(default, {key: (value, ValueError) for key, (value, _) in SHAPE.items()})
     if typing.get_origin(alternatives[0]) is typing.Literal:
         kind = choice(default)
     elif bool in alternatives:
@@ -609,20 +610,18 @@ case(
     "trainer.FERDTrainer",
     teacher=module(models.small_cnn(1, 3, width=2)),
     student=module(models.small_cnn(1, 3, width=1)),
-    generator=unchecked(
-        optional(module(synthesis.Generator((1, 8, 8), width=2))), "text", "number", "callable"
-    ),
+    generator=optional(module(synthesis.Generator((1, 8, 8), width=2))),
     config=Kind(TINY, {"none": (None, TypeError), "mapping": ({}, TypeError)}),
-    source=unchecked(Kind(None, {"text": ("text", TypeError)}), "text"),
-    method=unchecked(Kind(None, {"text": ("text", TypeError)}), "text"),
-    attack=unchecked(optional(function(quiet)), "text", "number"),
+    source=Kind(None, {"text": ("text", TypeError)}),
+    method=Kind(None, {"text": ("text", TypeError)}),
+    attack=optional(function(quiet)),
     validation=Kind(None, {"unasked": ([(X, Y)], ValueError)}),
-    reweight=unchecked(optional(function(reweight.margin_softmax)), "text", "number"),
-    student_optimizer=unchecked(optional(function(torch.optim.Adam)), "text", "number"),
-    generator_optimizer=unchecked(optional(function(torch.optim.Adam)), "text", "number"),
+    reweight=optional(function(reweight.margin_softmax)),
+    student_optimizer=optional(function(torch.optim.Adam)),
+    generator_optimizer=optional(function(torch.optim.Adam)),
     seed=integer(0, 0),
-    diagnostics=unchecked(optional(path("diagnostics")), "number"),
-    device=unchecked(optional(device()), "unknown", "float"),
+    diagnostics=optional(path("diagnostics")),
+    device=optional(device()),
 )
 case(
     "trainer.FERDTrainer.load_state_dict",
@@ -630,9 +629,9 @@ case(
         state(ferd_trainer().state_dict()), "text", "none", "empty", "one more", "shape"
     ),
 ).that(on=ferd_trainer)
-case(
-    "trainer.FERDTrainer.epochs", stop=unchecked(optional(function(lambda: True)), "text", "number")
-).that(call=lambda stop: list(ferd_trainer().epochs(stop=stop)))
+case("trainer.FERDTrainer.epochs", stop=optional(function(lambda: True))).that(
+    call=lambda stop: list(ferd_trainer().epochs(stop=stop))
+)
 case("trainer.Checkpoints", folder=path("runs"), keep=integer(3, 1))
 case(
     "trainer.Checkpoints.save",
@@ -651,10 +650,5 @@ case(
 ).that(on=lambda: trainer.Checkpoints("runs"))
 case(
     "trainer.Checkpoints.read",
-    path=unchecked(
-        path("saved/checkpoint-0000000001.pt").also(missing=("none.pt", FileNotFoundError)),
-        "number",
-        "none",
-        "missing",
-    ),
+    path=path("saved/checkpoint-0000000001.pt").also(missing=("none.pt", FileNotFoundError)),
 )

@@ -49,7 +49,6 @@ from bad_input.kinds import (
     spoilt,
     start,
     state,
-    unchecked,
     values,
     word,
 )
@@ -241,15 +240,15 @@ case(
 )
 case(
     "attacks.autoattack",
-    model=unchecked(function(MODEL), "text", "number", "none"),
+    model=function(MODEL),
     x=images(),
-    targets=unchecked(labels(), "device"),
+    targets=labels(),
     num_classes=integer(K, 2),
     eps=number(0.9, 0.0, open_low=True),
     version=choice("rand"),
     batch_size=integer(2, 1),
     seed=integer(0, 0),
-    on_batch=optional(unchecked(function(quiet), "text", "number")),
+    on_batch=optional(function(quiet)),
 ).that(empty=lambda result: len(result.x_adv) == 0)
 
 MARGINS = class_vector(Z[0])
