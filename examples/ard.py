@@ -3,6 +3,7 @@
     python examples/ard.py --method fair-ard                 # digits, with a teacher trained in place
     python examples/ard.py --method rslad --preset released --data cifar10 --download --teacher teacher.pt
     python examples/ard.py --method mtard --smoke            # two tiny epochs, on any machine
+    torchrun --nproc-per-node 4 examples/ard.py --data cifar10 --teacher teacher.pt    # over four processes
 
 Settings and schedule are those of the method's paper, or with `--preset released` of its authors' code (`--clip`
 is always theirs); another number of epochs moves all dates in proportion. The epoch that is kept has the largest
@@ -15,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -38,11 +39,12 @@ from ard_setup import (
     state_of,
 )
 from ferdlib.augment import crop_flip
-from ferdlib.evaluation import PROTOCOLS, AttackResult, Protocol, evaluate
+from ferdlib.evaluation import PROTOCOLS, AttackResult, Protocol, evaluate, gather, share
 from ferdlib.methods import METHODS
 from files import write_model
 from image_data import AUGMENTATIONS, Images, Source
 from long_run import Options, Stop, clear, interruptible, saved
+from processes import average_buffers, count, first, join, mean, parallel, part, rank
 from train_teacher import precision
 
 Name = Literal[tuple(METHODS)]  # type: ignore[valid-type]
@@ -137,8 +139,9 @@ class Epoch:
 
 
 def train(run: Run, data: Data, stop: Callable[[], bool] = lambda: False) -> Iterator[Epoch]:
-    """Train to the last epoch, or until `stop` says so between steps."""
-    args, method, student = run.args, run.method, run.student
+    """Train to the last epoch, or until `stop` says so between steps, or between epochs of several processes."""
+    args, method, student, several = run.args, run.method, run.student, count() > 1
+    trained = parallel(student)
     augment = AUGMENTATIONS[args.data] if args.augment == "auto" else args.augment
     size, steps = args.batch_size, len(data.train) // args.batch_size
     while run.epoch < args.epochs:
@@ -146,31 +149,37 @@ def train(run: Run, data: Data, stop: Callable[[], bool] = lambda: False) -> Ite
         if not len(run.left):
             run.left = torch.randperm(len(data.train), generator=run.rng)[: steps * size]
             run.total.zero_()
-        student.train()
-        while len(run.left):
+        if several:
             if stop():
                 return
+            run.noise.manual_seed(int(torch.randint(2**48, (), generator=run.rng)) + rank())
+        trained.train()
+        while len(run.left):
+            if not several and stop():
+                return
             index, run.left = run.left[:size], run.left[size:]
-            x, y = data.train.batch(index, args.device)
+            x, y = data.train.batch(part(index), args.device)
             if augment != "none":
-                x = crop_flip(x, flip=augment == "crop_flip", rng=run.rng)
+                x = crop_flip(x, flip=augment == "crop_flip", rng=run.noise)
             with precision(args):
                 x_adv = method.attack(student, x, y)
-                loss = method.loss(student, x, x_adv, y).mean()
+                loss = method.loss(trained, x, x_adv, y).mean()
             run.optimizer.zero_grad()
             loss.backward()
             run.optimizer.step()
             run.total += loss.detach()
         run.schedule.step()
+        average_buffers(student)
         if hasattr(method, "validate"):
-            parts = torch.arange(len(data.val)).split(args.batch_size)
-            method.validate(student, (data.val.batch(part, args.device) for part in parts))
+            batches = torch.arange(len(data.val)).split(args.batch_size)
+            method.validate(student, (data.val.batch(rows, args.device) for rows in batches))
+        method.sync()
         method.end_epoch()
         run.epoch += 1
-        mean = float(run.total) / steps
-        if not mean < float("inf"):
-            raise RuntimeError(f"the loss became {mean} in epoch {run.epoch}; lower --lr")
-        yield Epoch(mean, lr, keep_best(run, data.val), time.perf_counter() - start)
+        loss = float(mean(run.total)) / steps
+        if not loss < float("inf"):
+            raise RuntimeError(f"the loss became {loss} in epoch {run.epoch}; lower --lr")
+        yield Epoch(loss, lr, keep_best(run, data.val), time.perf_counter() - start)
 
 
 def keep_best(run: Run, held_out: Images) -> AttackResult:
@@ -191,7 +200,7 @@ def keep_best(run: Run, held_out: Images) -> AttackResult:
 def robustness(model: nn.Module, images: Images, args: Args) -> AttackResult:
     """Under PGD-10; plain accuracy for a natural teacher, which is trained at radius 0."""
     quick = protocol("quick", args).without("FGSM")
-    report = evaluate(model, images, quick, num_classes=len(images.class_names))
+    report = gather(evaluate(model, share(images), quick, num_classes=len(images.class_names)))
     return report["clean" if args.eps == 0 else "PGD-10"]
 
 
@@ -216,8 +225,9 @@ def distil(work: Work, args: Args, stop: Stop) -> Run:
             return run
         teachers[name] = selected(run)
         architecture = run.args.student
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_model(teachers[name], args.out / f"{name}.pt", architecture=architecture, **sizes)
+        if first():
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_model(teachers[name], args.out / f"{name}.pt", architecture=architecture, **sizes)
     run, known = begin(args, work.data, teachers), digests(teachers)
     resume(run, "student", known)
     go(run, work.data, "student", known, stop)
@@ -227,7 +237,7 @@ def distil(work: Work, args: Args, stop: Stop) -> Run:
 def go(run: Run, data: Data, name: str, teachers: Mapping[str, str], stop: Stop) -> None:
     """Train a student or a teacher to the last epoch, or until it is stopped, with a checkpoint then."""
     args, student = run.args, name == "student"
-    log = scalars(args.out / "tensorboard") if args.tensorboard and student else None
+    log = scalars(args.out / "tensorboard") if args.tensorboard and student and first() else None
     epochs = saved(
         run,
         partial(train, run, data),
@@ -237,7 +247,8 @@ def go(run: Run, data: Data, name: str, teachers: Mapping[str, str], stop: Stop)
         stop=stop,
     )
     title = args.method if student else name.replace("_", " ")
-    with tqdm(total=args.epochs, initial=run.epoch, unit="epoch", desc=title) as bar:
+    shown = {"unit": "epoch", "desc": title, "disable": not first()}
+    with tqdm(total=args.epochs, initial=run.epoch, **shown) as bar:
         for epoch in epochs:
             found = epoch.held_out
             bar.update()
@@ -271,16 +282,20 @@ def scalars(folder: Path) -> Callable[[int, Epoch], None]:
 def test(run: Run, work: Work) -> None:
     """The student that was kept, on the test images."""
     args, student = run.args, selected(run)
-    write_model(student, args.out / "student.pt", architecture=args.student, **work.data.sizes)
+    if first():
+        write_model(student, args.out / "student.pt", architecture=args.student, **work.data.sizes)
     published = protocol("fair-ard", args)
-    report = evaluate(
+    found = evaluate(
         student,
-        work.tested,
+        share(work.tested),
         published if args.autoattack else published.without("AutoAttack"),
         num_classes=len(work.data.val.class_names),
         class_names=work.data.val.class_names,
-        progress=True,
+        progress=first(),
     )
+    report = gather(found)
+    if not first():
+        return
     report.save(args.out / "report.json")
     kept = f"epoch {run.best['epoch']} of {args.epochs}"
     print(f"\n{args.method}, {args.preset}, {args.student}, {kept}:\n{report}\n")
@@ -291,7 +306,7 @@ def test(run: Run, work: Work) -> None:
 
 def main(args: Args) -> None:
     try:
-        args = resolved(args)
+        args = replace(resolved(args), device=join(args.device))
         work = prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"ard: {' '.join(str(error).split())}")

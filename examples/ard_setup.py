@@ -16,9 +16,10 @@ from ferdlib.evaluation import PROTOCOLS
 from ferdlib.methods import METHODS, MTARD, Adversarial, Distilled, Fair, FairAverage, recipe
 from ferdlib.models import create
 from ferdlib.trainer import Checkpoints
-from image_data import Images, chosen, load, stratified
+from image_data import Images, chosen, load_splits, stratified
 from long_run import FREE, check, check_options, found
 from model_sources import check_model, read_model
+from processes import count
 
 if TYPE_CHECKING:
     from ard import Args
@@ -55,7 +56,8 @@ class Data:
 class Run:
     """All that the next step depends on, beside the data; `best` is the epoch that is kept.
 
-    Of the epoch that is under way, `left` are the images to come and `total` is the sum of the losses.
+    Of the epoch that is under way, `left` are the images to come and `total` is the sum of the losses. `rng`
+    orders the images, `noise` is for all else: the same generator, but one for each of several processes.
     """
 
     args: Args
@@ -64,6 +66,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     rng: torch.Generator
+    noise: torch.Generator
     average: FairAverage | None
     epoch: int = 0
     best: dict[str, Any] = field(default_factory=lambda: {"figure": -1.0})
@@ -130,6 +133,7 @@ def begin(args: Args, data: Data, teachers: Mapping[str, nn.Module]) -> Run:
 
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
+    noise = rng if count() == 1 else torch.Generator()
     student = create(args.student, **data.sizes)
     for model in (student, *teachers.values()):
         model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
@@ -137,7 +141,7 @@ def begin(args: Args, data: Data, teachers: Mapping[str, nn.Module]) -> Run:
         args.method,
         data.sizes["num_classes"],
         preset=args.preset,
-        rng=rng,
+        rng=noise,
         **teachers,
         **(settings | args.settings),
     )
@@ -152,7 +156,7 @@ def begin(args: Args, data: Data, teachers: Mapping[str, nn.Module]) -> Run:
     averaged = args.method == "cfa-ard" if args.fair_average is None else args.fair_average
     average = FairAverage(student) if averaged else None
     total = torch.zeros((), device=args.device)
-    return Run(args, method, student, optimizer, schedule, rng, average, total=total)
+    return Run(args, method, student, optimizer, schedule, rng, noise, average, total=total)
 
 
 def teacher_args(args: Args, name: str) -> Args:
@@ -171,17 +175,15 @@ def teacher_args(args: Args, name: str) -> Args:
 def prepare(args: Args) -> Work:
     """Everything that can be wrong with the input is found here, before anything is written."""
     check(args)
-    images = load(args.data, args.root, "train", download=args.download)
-    test = load(args.data, args.root, "test", download=args.download)
-    if test.class_names != images.class_names:
-        raise ValueError(
-            f"expected the same classes for training and test, got {len(images.class_names)} and "
-            f"{len(test.class_names)}, or others"
-        )
+    images, test = load_splits(args.data, args.root, download=args.download)
     held_out = stratified(images, args.val_images, args.seed)
     kept = torch.ones(len(images), dtype=torch.bool)
     kept[held_out] = False
     data = Data(images.part(kept.nonzero().flatten()), images.part(held_out))
+    if args.batch_size % count():
+        raise ValueError(
+            f"expected --batch-size to be a multiple of the {count()} processes, got {args.batch_size}"
+        )
     if not 1 <= args.batch_size <= len(data.train):
         raise ValueError(
             f"expected --batch-size in 1..{len(data.train)}, the images that --val-images leaves, got "

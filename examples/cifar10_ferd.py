@@ -38,7 +38,7 @@ from files import write_model
 from image_data import SHAPES, Images, Source, chosen, load
 from long_run import Options, Stop, check, check_options, clear, found, interruptible, saved
 from model_sources import normalized, read_model
-from processes import first, join
+from processes import first, first_ahead, join
 
 PRESETS = {"default": FERDConfig, "paper": FERDConfig.paper, "released": FERDConfig.released}
 # Sizes of `--smoke`, whatever the preset says of them.
@@ -162,18 +162,23 @@ def tiny_teacher(args: Args) -> Path:
 def robustbench_file(name: str, args: Args) -> Path:
     """Where RobustBench keeps a model of that name, after it has fetched it if that was asked for."""
     path = Path("models", args.data, "Linf", f"{name}.pt")
-    if not path.is_file() and args.download:
-        import pyautoattack
-
-        sys.modules.setdefault("autoattack", pyautoattack)  # the name under which it asks for it
-        try:
-            from robustbench.utils import load_model
-        except ImportError as error:
-            raise ValueError(
-                f'expected RobustBench to fetch {name}, got {error}; pip install "ferdlib[robustbench]"'
-            ) from error
-        load_model(name, dataset=args.data, threat_model="Linf")
+    with first_ahead(args.download):
+        if args.download and not path.is_file():
+            fetch_robustbench(name, args.data)
     return path
+
+
+def fetch_robustbench(name: str, data: Source) -> None:
+    import pyautoattack
+
+    sys.modules.setdefault("autoattack", pyautoattack)  # the name under which it asks for it
+    try:
+        from robustbench.utils import load_model
+    except ImportError as error:
+        raise ValueError(
+            f'expected RobustBench to fetch {name}, got {error}; pip install "ferdlib[robustbench]"'
+        ) from error
+    load_model(name, dataset=data, threat_model="Linf")
 
 
 def load_teacher(args: Args, images: Images) -> nn.Module:

@@ -35,6 +35,7 @@ from ferdlib.plots import plot_classes
 from files import write_model
 from image_data import Images
 from model_sources import read_model
+from processes import alone
 from quickstart import digits
 
 COLUMNS = ("clean", "FGSM", "PGD-20", "CW-inf")
@@ -348,6 +349,7 @@ def work_off(stages: list[list[Task]], args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    alone("fair_ard_table")
     try:
         stages = prepare(args)
         keep_settings(args)

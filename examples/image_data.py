@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from processes import first_ahead
+
 Source = Literal["cifar10", "cifar100", "svhn", "tiny-imagenet", "folder", "digits"]
 Split = Literal["train", "test"]
 
@@ -117,8 +119,26 @@ def load(source: Source, root: Path, split: Split, *, download: bool = False) ->
         folder = next((f for f in folders if f.is_dir()), folders[0])
         return _folder(folder)
     if source == "tiny-imagenet":
-        return _tiny_imagenet(root, split, download)
-    return _torchvision(source, root, split, download)
+        with first_ahead(download):
+            return _tiny_imagenet(root, split, download)
+    with first_ahead(download):
+        return _torchvision(source, root, split, download)
+
+
+def load_splits(source: Source, root: Path, *, download: bool = False) -> tuple[Images, Images]:
+    """For training and for the test, of the same classes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    train = load(source, root, "train", download=download)
+    test = load(source, root, "test", download=download)
+    if test.class_names != train.class_names:
+        raise ValueError(
+            f"expected the same classes for training and test, got {len(train.class_names)} and "
+            f"{len(test.class_names)}, or others"
+        )
+    return train, test
 
 
 def load_any(
@@ -140,7 +160,8 @@ def load_any(
     """
     images: Images | Streamed
     if data not in SHAPES:
-        images = _streamed(data, root, download, split, image_size, num_classes)
+        with first_ahead(download):
+            images = _streamed(data, root, download, split, image_size, num_classes)
     elif image_size is None:
         images = load(cast(Source, data), root, "test", download=download)
     else:

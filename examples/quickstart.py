@@ -34,6 +34,7 @@ from ferdlib.plots import plot_classes, plot_images, plot_weights
 from ferdlib.trainer import Checkpoints, FERDConfig, FERDTrainer
 from files import write_model
 from long_run import Options, Stop, check, check_options, clear, found, interruptible, saved
+from processes import alone
 
 # Threat model: L-infinity, a tenth of the grey scale; steps of a quarter of that.
 EPS, STEP_SIZE = 0.1, 0.025
@@ -243,6 +244,7 @@ def train(args: Args, data: Data) -> tuple[FERDTrainer, dict[str, nn.Module]]:
 
 
 def main(args: Args) -> None:
+    alone("quickstart")
     start = time.perf_counter()
     data = digits(args.seed)
     try:

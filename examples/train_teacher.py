@@ -30,8 +30,9 @@ from ferdlib.evaluation import PROTOCOLS, Protocol, evaluate
 from ferdlib.models import create
 from ferdlib.trainer import Checkpoints
 from files import write_model
-from image_data import AUGMENTATIONS, Images, Source, chosen, load, stratified
+from image_data import AUGMENTATIONS, Images, Source, chosen, load_splits, stratified
 from long_run import FREE, Options, Stop, check, check_options, clear, found, interruptible, saved
+from processes import alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +218,7 @@ def precision(args: Args) -> AbstractContextManager[Any]:
 def prepare(args: Args) -> tuple[Training, Images, Dataset[Any]]:
     """Everything that can be wrong with the input is found here, before anything is written."""
     check(args)
-    images = load(args.data, args.root, "train", download=args.download)
-    test = load(args.data, args.root, "test", download=args.download)
-    if test.class_names != images.class_names:
-        raise ValueError(
-            f"expected the same classes for training and test, got {len(images.class_names)} and "
-            f"{len(test.class_names)}, or others"
-        )
+    images, test = load_splits(args.data, args.root, download=args.download)
     if not 0 < args.val_images < len(images):
         raise ValueError(
             f"expected --val-images in 1..{len(images) - 1}, got {args.val_images} of {len(images)} images"
@@ -274,6 +269,7 @@ def train(training: Training, held_out: Images, stop: Stop) -> None:
 
 
 def main(args: Args) -> None:
+    alone("train_teacher")
     try:
         training, held_out, tested = prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:

@@ -102,10 +102,12 @@ class Ranks:
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over processes, a new tensor without a gradient."""
-        value = value.detach().clone()
-        if self.size > 1:
-            distributed.all_reduce(value)
-        return value
+        if self.size == 1:
+            return value.detach().clone()
+        device = "cuda" if distributed.get_backend() == "nccl" else value.device
+        sent = value.detach().to(device, copy=True)
+        distributed.all_reduce(sent)
+        return sent.to(value.device)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over processes, likewise."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from tiny_ferd import same
 from torchvision.utils import save_image
 
 from ferdlib import methods
@@ -74,17 +75,6 @@ def teachers_of(name):
 def begin(script, setup, data, name, **changes):
     args = setup.resolved(script.Args(method=name, **TINY | changes))
     return setup.begin(args, data, teachers_of(name))
-
-
-def same(one, other):
-    """Tensors bit for bit, wherever they are in nested dicts and lists."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(9), other.nan_to_num(9))
-    return one == other
 
 
 def run_main(script, *arguments):

@@ -1,8 +1,8 @@
 """Every public name against every kind of bad input: the right error in one clear sentence, or the right result.
 
-tests/bad_input/primitives.py and compositions.py have one valid call of each name, with the kind of each argument,
-from which the bad values follow (kinds.py). A public name that is neither there nor in `NO_INPUT` fails a test, as
-does a parameter that is neither in its case nor in `FREE`.
+tests/bad_input/primitives.py, evaluation.py and compositions.py have one valid call of each name, with the kind of
+each argument, from which the bad values follow (kinds.py). A public name that is neither there nor
+in `NO_INPUT` fails a test, as does a parameter that is neither in its case nor in `FREE`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 from bad_input import CASES
-from bad_input.compositions import REPORT
+from bad_input.evaluation import REPORT
 from bad_input.kinds import anything
 
 from ferdlib import models, trainer

@@ -1,5 +1,7 @@
 """FERD over several gloo processes: the same numbers as one process with the same global batch."""
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -9,31 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
-from sklearn.datasets import load_digits
+from tiny_ferd import SIZES, make_double_models
 from torch import nn
 
-from ferdlib.methods import create
-from ferdlib.models.cnn import SmallCNN
-from ferdlib.synthesis import Generator
+from ferdlib.methods import METHODS, create
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
 ROOT = Path(__file__).parents[1]
-SIZES = {
-    "num_classes": 3,
-    "layer": "layer4",
-    "image_shape": (1, 8, 8),
+TINY = SIZES | {
     "epochs": 3,
     "warmup_epochs": 0,
-    "batch_size": 12,
     "generator_steps": 4,
     "generator_lr": 0.01,
-    "generator_width": 4,
-    "latent_dim": 5,
     "bottleneck_steps": 3,
     "student_steps": 2,
-    "attack_steps": 2,
-    "margin_attack_steps": 2,
-    "crop_padding": 1,
 }
 
 
@@ -58,27 +49,9 @@ def still(model: nn.Module) -> nn.Module:
     return model
 
 
-class DoubleCNN(SmallCNN):
-    def forward(self, x):
-        return super().forward(x.double())
-
-
-class DoubleGenerator(Generator):
-    def forward(self, latents, labels=None):
-        return super().forward(latents.double(), labels).float()
-
-
 def make_trainer(preset="paper", method=None, **changes):
-    torch.manual_seed(5)
-    teacher, student = DoubleCNN(1, 3, width=4).double(), DoubleCNN(1, 3, width=2).double()
-    digits = torch.tensor(load_digits().images[:64])[:, None] / 16
-    with torch.no_grad():
-        teacher.fc.weight.mul_(10)
-        for _ in range(30):
-            teacher(digits)
-    config = getattr(FERDConfig, preset)(**(SIZES | changes))
-    labels = 3 if config.conditional_generator else None
-    generator = DoubleGenerator((1, 8, 8), latent_dim=5, width=4, num_classes=labels).double()
+    config = getattr(FERDConfig, preset)(**(TINY | changes))
+    teacher, student, generator = make_double_models(config.conditional_generator)
     if method is not None:
         method = create(method, 3, teacher=teacher, steps=2, eps=0.1, step_size=0.05)
     return FERDTrainer(
@@ -230,3 +203,80 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
     )
     assert result.returncode != 0
     assert "exitcode" in result.stderr
+
+
+EXACT = {"fair-rslad": {}, "absld": {}, "cfa-ard": {"begin": 1}, "dafa-ard": {"begin": 1}}
+AVERAGED = {"mtard": {}, "frl-ard": {"slack": 0.0}, "wat-ard": {}}
+
+
+def labelled_epoch(rank, size, name):
+    """One step with a method on labelled images, in a loop of one's own, and what it has learnt by then."""
+    teacher, student, _ = make_double_models(False)
+    teachers = {"teacher": teacher, "natural_teacher": teacher}
+    wanted = {k: v for k, v in teachers.items() if k in METHODS[name].__dataclass_fields__}
+    method = create(name, 3, **wanted, random_start=None, **(EXACT | AVERAGED)[name])
+    x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()[rank::size]
+    y = (torch.arange(12) % 3)[rank::size]
+    student.eval()
+    trained = student if size == 1 else nn.parallel.DistributedDataParallel(student)
+    losses = method.loss(trained, x, method.attack(student, x, y), y)
+    losses.mean().backward()
+    if hasattr(method, "validate"):
+        for _ in range(rank + 1):  # so that they differ
+            method.validate(student, [(x, y)])
+    before = copy.deepcopy(method.state_dict())
+    method.sync()
+    after = copy.deepcopy(method.state_dict())
+    method.end_epoch()
+    gradients = [p.grad for p in student.parameters()]
+    found = {"losses": losses.detach(), "gradients": gradients, "end": method.state_dict()}
+    return found | {"before": before, "after": after}
+
+
+@functools.cache
+def labelled_epochs():
+    """Of two processes, by rank and method."""
+    return on_ranks(2, all_labelled_epochs)
+
+
+def all_labelled_epochs(rank, size):
+    return {name: labelled_epoch(rank, size, name) for name in (*EXACT, *AVERAGED)}
+
+
+def numbers(state):
+    return {
+        f"{part}.{k}": v.double()
+        for part, values in state.items()
+        if isinstance(values, dict)
+        for k, v in values.items()
+        if isinstance(v, torch.Tensor)
+    } | {k: v.double() for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_method_learns_from_the_images_of_all_processes(name):
+    expected = labelled_epoch(0, 1, name)
+    for rank, own in enumerate(each[name] for each in labelled_epochs()):
+        assert torch.allclose(own["losses"], expected["losses"][rank::2], rtol=0, atol=1e-10)
+        for a, b in zip(own["gradients"], expected["gradients"], strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-10)
+        for key in ("after", "end"):
+            ours, theirs = numbers(own[key]), numbers(expected[key])
+            assert ours.keys() == theirs.keys()
+            assert ours
+            for k, value in ours.items():
+                assert torch.allclose(value, theirs[k], rtol=0, atol=1e-10, equal_nan=True), k
+        assert any(
+            not torch.equal(v, numbers(own["before"])[k]) for k, v in numbers(own["after"]).items()
+        )
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_what_cannot_be_added_up_is_averaged(name):
+    found = [each[name] for each in labelled_epochs()]
+    before = [numbers(own["before"]) for own in found]
+    assert any(not torch.equal(v, before[1][k]) for k, v in before[0].items())
+    for own in found:
+        for k, value in numbers(own["after"]).items():
+            if not k.endswith("updates"):  # a count
+                assert torch.allclose(value, (before[0][k] + before[1][k]) / 2, rtol=0, atol=1e-12)

@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from test_trainer import Recorder, make_trainer
+from test_trainer import make_trainer
+from tiny_ferd import Recorder
 
 from ferdlib.augment import Crops
 from ferdlib.synthesis import ImagePool

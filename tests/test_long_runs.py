@@ -5,8 +5,8 @@ As a program, `python tests/test_long_runs.py 50`, it kills a run so many times.
 
 from __future__ import annotations
 
-import errno
 import importlib
+import json
 import os
 import random
 import signal
@@ -14,229 +14,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import tyro
 from sklearn.datasets import load_digits
-from torch import nn
+from tiny_ferd import SIZES, make_models, same
+from tiny_ferd import make_trainer as tiny_trainer
 
 from ferdlib.methods import METHODS, create
-from ferdlib.models import load_checkpoint, small_cnn
+from ferdlib.models import load_checkpoint
 from ferdlib.synthesis import ImagePool
 from ferdlib.trainer import Checkpoints, FERDConfig, FERDTrainer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ("ard", "ard_setup", "cifar10_ferd", "files", "image_data", "long_run", "model_sources")
 EXAMPLES += ("quickstart", "train_teacher")
-TINY = {
-    "num_classes": 3,
-    "layer": "layer4",
-    "image_shape": (1, 8, 8),
+TINY = SIZES | {
     "epochs": 3,
     "warmup_epochs": 1,
-    "batch_size": 12,
     "generator_steps": 2,
-    "generator_width": 4,
-    "latent_dim": 5,
     "bottleneck_steps": 2,
     "student_steps": 4,
-    "attack_steps": 2,
-    "margin_attack_steps": 2,
-    "crop_padding": 1,
 }
-
-
-def make_trainer(preset=FERDConfig, seed=0, **changes):
-    torch.manual_seed(5)
-    teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
-    parts = {k: changes.pop(k) for k in list(changes) if k not in FERDConfig.__slots__}
-    if "method" in parts:
-        parts["method"] = parts["method"](teacher)
-    return FERDTrainer(teacher, student, config=preset(**(TINY | changes)), seed=seed, **parts)
-
-
-def same(one, other):
-    """Bit for bit, wherever tensors are in dicts and lists."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(9), other.nan_to_num(9))
-    return one == other or (one != one and other != other)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_what_was_saved_comes_back(tmp_path):
-    state = {
-        "weights": nn.Linear(3, 2).state_dict(),
-        "plain": [None, True, 3, 0.5, float("nan"), "text", b"bytes", (1, 2)],
-        "by number": {0: torch.arange(3)},
-        "parameter": nn.Parameter(torch.ones(2)),
-    }
-    checkpoints = Checkpoints(tmp_path / "new" / "folder")
-    assert checkpoints.latest() is None
-    path = checkpoints.save(state, 7)
-    step, found = checkpoints.latest()
-    assert (step, checkpoints.files()) == (7, [path])
-    assert same(found, state)
-    assert torch.load(path, weights_only=True).keys() == {"format", "step", "state"}
-
-
-def test_the_last_ones_stay_and_later_ones_are_given_up(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 9, 10, 100):
-        checkpoints.save({"step": step}, step)
-    assert [Checkpoints.read(path)[0] for path in checkpoints.files()] == [10, 100]
-    checkpoints.save({"step": 11}, 11)  # gone on from 10, or begun anew
-    assert [Checkpoints.read(path)[0] for path in checkpoints.files()] == [10, 11]
-    checkpoints.save({"step": "again"}, 11)
-    assert checkpoints.latest() == (11, {"step": "again"})
-
-
-def test_what_a_killed_process_left_is_removed_and_other_files_stay(tmp_path):
-    (tmp_path / "checkpoint-0000000003.partial").write_bytes(b"half")
-    (tmp_path / "notes.txt").write_text("mine")
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.latest() is None
-    checkpoints.save({}, 1)
-    assert set(contents(tmp_path)) == {"checkpoint-0000000001.pt", "notes.txt"}
-    checkpoints.clear()
-    assert set(contents(tmp_path)) == {"notes.txt"}
-    (tmp_path / "notes.txt").unlink()
-    checkpoints.clear()
-    assert not tmp_path.exists()
-    checkpoints.clear()
-
-
-@dataclass
-class Own:
-    number: int = 0
-
-
-@pytest.mark.parametrize(
-    ("state", "place"),
-    [
-        ({"a": {"b": [0, np.float64(1)]}}, r"state\['a'\]\['b'\]\[1\]"),
-        ({"path": Path("x")}, r"PosixPath.* as state\['path'\]"),
-        ({"own": Own()}, r"Own.* as state\['own'\]"),
-        ({"call": len}, r"state\['call'\]"),
-        ({(1, 2): 3}, r"plain keys in state, got tuple"),
-        ([1], "`state` to be a dict, got list"),
-    ],
-)
-def test_other_objects_are_refused_by_their_place(state, place, tmp_path):
-    with pytest.raises(TypeError, match=rf"^Checkpoints.save: expected .*{place}"):
-        Checkpoints(tmp_path / "none").save(state, 1)
-    assert not (tmp_path / "none").exists()
-
-
-def test_wrong_arguments_get_one_sentence(tmp_path):
-    for kind, words, call in (
-        (TypeError, "Checkpoints: expected `folder`", partial(Checkpoints, 3)),
-        (ValueError, "Checkpoints: expected `keep` >= 1", partial(Checkpoints, tmp_path, keep=0)),
-        (
-            ValueError,
-            "Checkpoints.save: expected `step` >= 0",
-            lambda: Checkpoints("x").save({}, -1),
-        ),
-        (FileNotFoundError, "Checkpoints.read: .* 'none'", lambda: Checkpoints.read("none")),
-    ):
-        with pytest.raises(kind, match=f"^{words}"):
-            call()
-
-
-def test_a_damaged_or_foreign_file_is_named(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save({"a": torch.zeros(100)}, 1)
-    newest = checkpoints.save({"a": torch.zeros(100)}, 2)
-    whole = newest.read_bytes()
-    cases = {"complete checkpoint": [whole[: len(whole) // 2], b"", b"text"]}
-    foreign = tmp_path / "foreign"
-    for content, words in (
-        ({"weights": torch.zeros(2)}, "a file that Checkpoints.save wrote"),
-        ({"format": 2, "step": 2, "state": {}}, "of format 1, got .* with int 2"),
-    ):
-        torch.save(content, foreign)
-        cases[words] = [foreign.read_bytes()]
-    for words, found in cases.items():
-        for content in found:
-            newest.write_bytes(content)
-            with pytest.raises(ValueError, match=f"^Checkpoints.read: expected .*{words}") as error:
-                checkpoints.latest()
-            assert str(newest) in str(error.value)
-    newest.unlink()
-    assert checkpoints.latest()[0] == 1
-
-
-@pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(where, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save({"a": 1}, 1)
-    before = contents(tmp_path)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, where, full)
-    with pytest.raises(
-        OSError, match=r"^Checkpoints.save: .*checkpoint-0000000002.* No space left"
-    ):
-        checkpoints.save({"a": 2}, 2)
-    assert contents(tmp_path) == before
-
-
-def test_a_disk_that_fills_while_torch_writes_is_a_disk_that_is_full(tmp_path):
-    """The system lets no file grow beyond 100 kB, and torch complains of that in words of its own."""
-    program = """
-import resource, sys, torch
-from ferdlib.trainer import Checkpoints
-checkpoints = Checkpoints(sys.argv[1])
-checkpoints.save({"a": torch.zeros(10)}, 1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    checkpoints.save({"a": torch.zeros(1_000_000)}, 2)
-except OSError as error:
-    print(error)
-print(checkpoints.latest())
-"""
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    sentence, latest, *rest = result.stdout.splitlines()
-    assert sentence.startswith("Checkpoints.save: expected to write ")
-    assert "File too large" in sentence
-    assert latest.startswith("(1, {'a': tensor([0.")
-    assert rest == []
-    assert set(contents(tmp_path)) == {"checkpoint-0000000001.pt"}
-
-
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path / "run")
-    checkpoints.save({}, 1)
-    before = contents(tmp_path / "run")
-    (tmp_path / "run").chmod(0o500)
-    if os.access(tmp_path / "run", os.W_OK):  # as root
-
-        def refused(*_):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-        monkeypatch.setattr("builtins.open", refused)
-    with pytest.raises(OSError, match=r"^Checkpoints.save: expected to write .*Permission denied"):
-        checkpoints.save({}, 2)
-    monkeypatch.undo()
-    (tmp_path / "run").chmod(0o700)
-    assert contents(tmp_path / "run") == before
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"^Checkpoints.save: expected to write"):
-        Checkpoints(tmp_path / "file").save({}, 1)
+make_trainer = partial(tiny_trainer, TINY)
 
 
 def stop_after(count):
@@ -299,17 +102,21 @@ def test_a_run_that_stops_between_two_steps_goes_on_exactly(changes, tmp_path):
 )
 def test_every_method_goes_on_exactly_within_an_epoch(name, own_rng, tmp_path):
     def make(seed=0):
-        def method(teacher):
-            teachers = {"teacher": teacher, "natural_teacher": teacher}
-            kind = METHODS[name]
-            wanted = {k: v for k, v in teachers.items() if k in kind.__dataclass_fields__}
-            rng = torch.Generator().manual_seed(seed) if own_rng else None
-            begin = {"begin": 1} if hasattr(kind, "begin") else {}
-            return create(name, 3, **wanted, rng=rng, **begin)
-
+        teacher, student = make_models()
+        teachers = {"teacher": teacher, "natural_teacher": teacher}
+        kind = METHODS[name]
+        wanted = {k: v for k, v in teachers.items() if k in kind.__dataclass_fields__}
+        rng = torch.Generator().manual_seed(seed) if own_rng else None
+        begin = {"begin": 1} if hasattr(kind, "begin") else {}
         x = torch.tensor(load_digits().images[:12], dtype=torch.float32)[:, None] / 16
-        data = [(x, torch.arange(12) % 3)] if hasattr(METHODS[name], "validate") else None
-        return make_trainer(method=method, validation=data, seed=seed)
+        return FERDTrainer(
+            teacher,
+            student,
+            config=FERDConfig(**TINY),
+            method=create(name, 3, **wanted, rng=rng, **begin),
+            validation=[(x, torch.arange(12) % 3)] if hasattr(kind, "validate") else None,
+            seed=seed,
+        )
 
     assert_resuming_is_exact(make, tmp_path, questions=(9,))
 
@@ -544,6 +351,24 @@ def test_quickstart_is_interrupted_and_goes_on(examples, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected --resume auto or another --out, got"):
         train("a")
     assert same(train("a", "--resume", "auto"), train("b"))
+
+
+def test_a_cycle_of_the_soak_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.soak", "--cycles", "8", "--allowed", "inf"]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path / "held.json")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("8 cycles in 0 minutes; growth ")
+    held = json.loads((tmp_path / "held.json").read_text("utf-8"))
+    # The presets take turns, so a cycle is like the third before it.
+    for name in ("tensors", "files", "threads"):
+        assert held[4][name] == held[7][name], name
 
 
 if __name__ == "__main__":

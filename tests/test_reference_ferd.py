@@ -8,28 +8,18 @@ import math
 import pytest
 import torch
 from reference_ferd import EpochRecord, paper_epoch, released_epoch
-from sklearn.datasets import load_digits
-from torch import nn
+from tiny_ferd import SIZES, make_double_models
 
 from ferdlib import losses
-from ferdlib.models.cnn import SmallCNN
-from ferdlib.synthesis import Generator
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
-SIZES = {
-    "num_classes": 3,
-    "layer": "layer4",
-    "image_shape": (1, 8, 8),
-    "batch_size": 12,
+TINY = SIZES | {
     "generator_steps": 5,
     "generator_lr": 0.02,
-    "generator_width": 4,
-    "latent_dim": 5,
     "bottleneck_steps": 8,
     "student_steps": 3,
     "attack_steps": 3,
     "margin_attack_steps": 4,
-    "crop_padding": 1,
 }
 EPOCHS = {"paper": {"epochs": 2}, "released": {"epochs": 3, "warmup_epochs": 1}}
 REFERENCES = {"paper": paper_epoch, "released": released_epoch}
@@ -37,41 +27,16 @@ REFERENCES = {"paper": paper_epoch, "released": released_epoch}
 SEED = 20
 
 
-class DoubleCNN(SmallCNN):
-    """In float64 on float32 images, so that rounding neither hides an error nor turns a sign."""
-
-    def forward(self, x):
-        return super().forward(x.double())
-
-
-class DoubleGenerator(Generator):
-    """The same, from float32 codes to float32 images."""
-
-    def forward(self, latents, labels=None):
-        return super().forward(latents.double(), labels).float()
-
-
 def make_config(preset, **changes):
-    return getattr(FERDConfig, preset)(**(SIZES | EPOCHS[preset] | changes))
-
-
-def make_models(preset) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """A teacher that remembers digits' statistics, a student, and a generator."""
-    torch.manual_seed(5)
-    teacher, student = DoubleCNN(1, 3, width=4).double(), DoubleCNN(1, 3, width=2).double()
-    digits = torch.tensor(load_digits().images[:64])[:, None] / 16
-    with torch.no_grad():
-        teacher.fc.weight.mul_(10)
-        for _ in range(30):
-            teacher(digits)
-    num_classes = 3 if make_config(preset).conditional_generator else None
-    generator = DoubleGenerator((1, 8, 8), latent_dim=5, width=4, num_classes=num_classes)
-    return teacher, student, generator.double()
+    return getattr(FERDConfig, preset)(**(TINY | EPOCHS[preset] | changes))
 
 
 def run_trainer(preset, **changes):
     """The trainer, its epochs as records, and their non-robust fractions."""
-    trainer = FERDTrainer(*make_models(preset), config=make_config(preset, **changes), seed=SEED)
+    config = make_config(preset, **changes)
+    trainer = FERDTrainer(
+        *make_double_models(config.conditional_generator), config=config, seed=SEED
+    )
     generator_losses, student_losses = [], []
     plain_loss, plain_step = losses.ferd_generator_loss, trainer.distill_step
 
@@ -106,7 +71,7 @@ def run_trainer(preset, **changes):
 def run_reference(preset):
     """The student, the pool and the records of the plain epochs."""
     config = make_config(preset)
-    teacher, student, generator = make_models(preset)
+    teacher, student, generator = make_double_models(config.conditional_generator)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     rng = torch.Generator().manual_seed(SEED)
     p, pool, records = torch.full((3,), 1 / 3), [], []

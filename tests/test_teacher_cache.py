@@ -4,47 +4,27 @@ import copy
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from tiny_ferd import SIZES, make_models
+from tiny_ferd import make_trainer as tiny_trainer
 
 from ferdlib.attacks import utae_pgd
 from ferdlib.augment import Crops
 from ferdlib.methods import create
-from ferdlib.models import FrozenModel, small_cnn
+from ferdlib.models import FrozenModel
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
-TINY = {
-    "num_classes": 3,
-    "layer": "layer4",
-    "image_shape": (1, 8, 8),
+TINY = SIZES | {
     "epochs": 3,
-    "batch_size": 12,
     "generator_steps": 2,
-    "generator_width": 4,
-    "latent_dim": 5,
     "bottleneck_steps": 1,
     "student_steps": 4,
     "attack_steps": 3,
-    "margin_attack_steps": 2,
-    "crop_padding": 1,
 }
 OFF = {"cache_teacher_logits": "none", "cache_teacher_utae": "none", "fold_batchnorm": False}
 
 
-def make_models():
-    torch.manual_seed(5)
-    teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
-    digits = torch.tensor(load_digits().images[:64], dtype=torch.float32)[:, None] / 16
-    with torch.no_grad():
-        teacher.fc.weight.mul_(10)
-        for _ in range(30):
-            teacher(digits)
-    return teacher, student
-
-
 def make_trainer(preset="paper", **changes):
-    parts = {k: changes.pop(k) for k in list(changes) if k not in FERDConfig.__slots__}
-    config = getattr(FERDConfig, preset)(**(TINY | {"warmup_epochs": 0} | changes))
-    return FERDTrainer(*make_models(), config=config, **parts)
+    return tiny_trainer(TINY | {"warmup_epochs": 0}, getattr(FERDConfig, preset), **changes)
 
 
 def student_losses(trainer):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from ferdlib.evaluation import RobustnessReport
@@ -45,6 +46,47 @@ def test_ferd_ends_with_one_report_of_all_images(tmp_path):
     assert len(re.findall(r"^The student, default:", result.stdout, flags=re.MULTILINE)) == 1
     report = RobustnessReport.load(tmp_path / "report-student.json")
     assert report.index.tolist() == list(range(40))
+
+
+def test_ard_starts_as_two_and_goes_on_as_one(tmp_path):
+    command = ["examples/ard.py", "--smoke", "--method", "fair-mtard", "--epochs", "3"]
+    command += ["--teacher-epochs", "1", "--out", str(tmp_path)]
+    first = launch(2, *command, "--max-minutes", "0")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("stopped after epoch 1 of ") == 1  # said once
+    second = launch(2, *command, "--resume", "auto", "--max-minutes", "0.02")
+    assert second.returncode == 0, second.stderr
+    third = launch(1, *command, "--resume", "auto")
+    assert third.returncode == 0, third.stderr
+    load_checkpoint(tmp_path / "student.pt")
+
+
+@pytest.mark.parametrize("method", ["dafa-ard", "wat-ard"])
+def test_ard_ends_with_one_report_of_all_images(method, tmp_path):
+    command = ["examples/ard.py", "--smoke", "--method", method, "--out", str(tmp_path)]
+    result = launch(2, *command)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(rf"^{method}, paper, ", result.stdout, flags=re.MULTILINE)) == 1
+    assert len(RobustnessReport.load(tmp_path / "report.json")) == 100
+    load_checkpoint(tmp_path / "student.pt")
+
+
+def test_batches_that_cannot_be_shared(tmp_path):
+    result = launch(
+        2, "examples/ard.py", "--smoke", "--batch-size", "15", "--out", str(tmp_path / "a")
+    )
+    assert result.returncode != 0
+    sentence = "ard: expected --batch-size to be a multiple of the 2 processes, got 15"
+    assert sentence in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("script", ["quickstart", "train_teacher", "fair_ard_table"])
+def test_scripts_for_one_process_say_so(script, tmp_path):
+    result = launch(2, f"examples/{script}.py", "--out", str(tmp_path / "a"))
+    assert result.returncode != 0
+    assert f"{script}: expected a single process, got torchrun's 2; ard.py, " in result.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_evaluation_does_not_depend_on_the_number(tmp_path):

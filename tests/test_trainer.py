@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from tiny_ferd import SIZES, Recorder, make_models
+from tiny_ferd import make_trainer as tiny_trainer
 from torch import nn
 
 from ferdlib import losses, reweight
@@ -17,40 +18,15 @@ from ferdlib.methods import FERDDistillation, FrozenTeacher, Method, create
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
-TINY = {
-    "num_classes": 3,
-    "layer": "layer4",
-    "image_shape": (1, 8, 8),
+TINY = SIZES | {
     "epochs": 3,
     "warmup_epochs": 1,
-    "batch_size": 12,
     "generator_steps": 3,
     "generator_lr": 0.05,
-    "generator_width": 4,
-    "latent_dim": 5,
     "bottleneck_steps": 3,
     "student_steps": 2,
-    "attack_steps": 2,
-    "margin_attack_steps": 2,
-    "crop_padding": 1,
 }
-
-
-def make_models() -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(5)
-    teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
-    digits = torch.tensor(load_digits().images[:64], dtype=torch.float32)[:, None] / 16
-    with torch.no_grad():
-        teacher.fc.weight.mul_(10)
-        for _ in range(30):
-            teacher(digits)
-    return teacher, student
-
-
-def make_trainer(preset=FERDConfig, seed=0, **changes):
-    teacher, student = make_models()
-    parts = {k: changes.pop(k) for k in list(changes) if k not in FERDConfig.__slots__}
-    return FERDTrainer(teacher, student, config=preset(**(TINY | changes)), seed=seed, **parts)
+make_trainer = partial(tiny_trainer, TINY)
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -247,24 +223,6 @@ def test_an_absent_class_keeps_its_last_statistic():
     trainer.update_class_probabilities()
     assert trainer._probabilities.statistic[2] == last[2]
     assert trainer._probabilities.statistic[0] != last[0]
-
-
-class Recorder:
-    """A source of given images, and a count of its epochs."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches, self.metrics, self.done = batches, {"note": 1.0}, 0
-
-    def epoch(self, student, class_probabilities):
-        for _ in range(self.batches):
-            yield torch.rand(6, 1, 8, 8), torch.arange(6) % 3
-        self.done += 1
-
-    def state_dict(self):
-        return {"done": self.done}
-
-    def load_state_dict(self, state):
-        self.done = state["done"]
 
 
 def test_another_source_trains_after_each_of_its_batches():

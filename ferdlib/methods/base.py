@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ferdlib import _checks
+from ferdlib._ranks import Ranks
 from ferdlib.attacks import least_pgd_steps, pgd
 from ferdlib.losses import cross_entropy
 from ferdlib.methods.protocol import FrozenTeacher
-from ferdlib.reweight import ClassWeights, lps_power, normalize
+from ferdlib.reweight import ClassMean, ClassWeights, lps_power, normalize
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -91,6 +93,26 @@ class Adversarial:
     def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """One value per sample, `(N,)`."""
         raise NotImplementedError(f"{type(self).__name__}: expected a subclass with a loss")
+
+    def sync(self) -> None:
+        """Before `end_epoch`, where processes of `torch.distributed` train together, each on its images.
+
+        What each has learnt of the classes becomes that of all: sums are added, weights averaged. A
+        collective call, which does nothing in a single process.
+        """
+        ranks = Ranks.here()
+        if ranks.size == 1:
+            return
+        for name in self._all_stateful():
+            part = getattr(self, name)
+            if isinstance(part, ClassMean):
+                ranks.add_to(part)
+            else:
+                state = part.state_dict()
+                floats = {
+                    k: v for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()
+                }
+                part.load_state_dict(state | {k: ranks.mean(v) for k, v in floats.items()})
 
     def end_epoch(self) -> None:
         """Count the epoch."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks, losses, metrics
 from ferdlib._modes import borrowed
+from ferdlib._ranks import Ranks
 from ferdlib.attacks import least_pgd_steps, pgd
 from ferdlib.methods.base import Batches
 from ferdlib.methods.distillation import ARD
@@ -302,6 +303,11 @@ class DAFAARD(ARD):
             self.sums = self.sums.to(p.device).index_add(0, y, p)
         plain = self.distil(student, x, adv, y)
         return self.weights.to(plain)[y] * plain
+
+    def sync(self) -> None:
+        super().sync()
+        if self.epoch == self.begin - 1:
+            self.sums = Ranks.here().total(self.sums)
 
     def end_epoch(self) -> None:
         # The weights first: where `confusion_weights` refuses, the epoch can be ended with another strength.

@@ -18,7 +18,8 @@ class Method(Protocol):
     A step of training is `x_adv = method.attack(student, x, y)`, then
     `method.loss(student, x, x_adv, y).mean()` with the student in train mode. `end_epoch` updates what
     changes once per epoch (class weights, temperatures); `state_dict` gives it out. A method that learns
-    from images that are not trained on (FRL, WAT) also has `validate(student, batches)`, before `end_epoch`.
+    from images that are not trained on (FRL, WAT) also has `validate(student, batches)`, before `end_epoch`;
+    one that learns in several processes has `sync()`, between the two.
     """
 
     def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...

@@ -20,7 +20,6 @@ from ferdlib._modes import borrowed
 from ferdlib._ranks import Ranks
 from ferdlib.methods import FrozenTeacher, Method
 from ferdlib.models.freeze import FrozenModel, fast_copy
-from ferdlib.reweight import ClassMean
 from ferdlib.synthesis import Inversion, Source
 from ferdlib.synthesis.health import NonFiniteError
 from ferdlib.synthesis.inversion import OptimizerFactory, adam
@@ -335,9 +334,8 @@ class FERDTrainer:
             if self._validation is not None:
                 batches = ((x.to(self.device), y.to(self.device)) for x, y in self._validation)
                 self.method.validate(self.student, batches)  # type: ignore[attr-defined]
-            for part in getattr(self.method, "__dict__", {}).values():
-                if isinstance(part, ClassMean):
-                    self._ranks.add_to(part)
+            if hasattr(self.method, "sync"):
+                self.method.sync()
             self.method.end_epoch()
             self._ranks.average_buffers(self.student)
         self.epoch += 1

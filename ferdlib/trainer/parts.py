@@ -105,17 +105,11 @@ def sgd(config: FERDConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.O
 def set_rates(
     optimizer: torch.optim.Optimizer, initial: list[float], config: FERDConfig, epoch: int
 ) -> None:
-    """The rates of an epoch, from those of the groups at the start."""
-    factor = rate_factor(config, epoch)
-    for group, rate in zip(optimizer.param_groups, initial, strict=True):
-        group["lr"] = rate * factor
-
-
-def rate_factor(config: FERDConfig, epoch: int) -> float:
-    """Of the student's initial rate, after so many epochs: a cosine from 1 to 0."""
+    """The groups' rates of an epoch: a cosine from their `initial` ones to 0."""
     start = 0 if config.schedule_warmup else config.warmup_epochs
     done = max(0, epoch - start) / (config.epochs - start)
-    return (1 + math.cos(math.pi * done)) / 2
+    for group, rate in zip(optimizer.param_groups, initial, strict=True):
+        group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
 
 
 def precision(config: FERDConfig, device: torch.device) -> AbstractContextManager[Any]:

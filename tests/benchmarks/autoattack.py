@@ -6,58 +6,72 @@ import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from ferdlib.attacks import autoattack, pgd
-from ferdlib.models import freeze_for_attack, small_cnn
+from ferdlib.models import create, freeze_for_attack
 
-from .harness import Goal, Group, Prepared, Settings
+from .harness import Competitor, Goal, Group, Prepared, Settings
 from .problems import digits, train
 
-SAMPLES, BATCH_SIZE = 500, 250
-EPS, WIDTH, EPOCHS = 0.2, 8, 15
+SAMPLES = 500
+TRAINING_EPS = {
+    "small_cnn_16": 0.1,
+    "wide_resnet_16_1": 0.05,
+}  # weaker than the attack's, so that few
+EPS = {"small_cnn_16": 0.2, "wide_resnet_16_1": 0.15}  # digits are left for its slow members
+SIZES = {"small_cnn_16": 8, "wide_resnet_16_1": 16}
+EPOCHS = 5
 
-OURS, FAST, OFFICIAL = "ferdlib autoattack", "ferdlib autoattack on the fast copy", "pyautoattack"
+OURS, OFFICIAL = "ferdlib autoattack on the fast copy", "pyautoattack"
 
 
 def prepare(settings: Settings) -> Prepared:
-    torch.manual_seed(settings.seed)
-    seen, held_out = digits(settings.seed, settings.device)
-    noise = settings.noise()
-    attack = partial(pgd, eps=EPS, step_size=EPS / 4, steps=7, rng=noise)
-    model = small_cnn(1, 10, width=WIDTH).to(settings.device)
-    model = train(model, seen, epochs=EPOCHS, rng=noise, attack=attack)
-    x, y = (tensor[:SAMPLES] for tensor in held_out)
-    theirs = copy.deepcopy(model)  # FAB leaves gradients in its weights
-
-    fast = freeze_for_attack(model)
-
-    def ours(attacked: nn.Module) -> Tensor:
-        return autoattack(
-            attacked, x, y, num_classes=10, eps=EPS, batch_size=BATCH_SIZE, seed=settings.seed
-        ).robust
-
-    def official() -> Tensor:
-        suite = AutoAttack(theirs, device=x.device, eps=EPS, seed=settings.seed)
-        return suite.run_standard_evaluation(x, y, batch_size=BATCH_SIZE)[1] == y
-
-    competitors = {OURS: partial(ours, model), FAST: partial(ours, fast), OFFICIAL: official}
+    competitors: dict[str, Competitor] = {}
+    for name, side in SIZES.items():
+        torch.manual_seed(settings.seed)
+        seen, held_out = (
+            (F.interpolate(x, side, mode="bilinear"), y)
+            for x, y in digits(settings.seed, settings.device)
+        )
+        noise, radius = settings.noise(), TRAINING_EPS[name]
+        attack = partial(pgd, eps=radius, step_size=radius / 2, steps=3, rng=noise)
+        model = create(name, 10, in_channels=1).to(settings.device)
+        model = train(model, seen, epochs=EPOCHS, rng=noise, attack=attack)
+        x, y = (tensor[:SAMPLES] for tensor in held_out)
+        attacked = {"x": x, "y": y, "eps": EPS[name], "seed": settings.seed}
+        competitors[f"{OURS}, {name}"] = partial(ours, freeze_for_attack(model), **attacked)
+        # FAB leaves gradients in its weights
+        competitors[f"{OFFICIAL}, {name}"] = partial(official, copy.deepcopy(model), **attacked)
     return Prepared(competitors=competitors, check=check)
 
 
+def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    return autoattack(model, x, y, num_classes=10, eps=eps, batch_size=SAMPLES, seed=seed).robust
+
+
+def official(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    suite = AutoAttack(model, device=x.device, eps=eps, seed=seed)
+    return suite.run_standard_evaluation(x, y, batch_size=SAMPLES)[1] == y
+
+
 def check(outcomes: dict[str, Tensor]) -> str:
-    robust = outcomes[OURS]
-    for other in (FAST, OFFICIAL):
-        assert torch.equal(robust, outcomes[other]), f"{OURS} and {other} disagree"
-    return f"All find the same {int(robust.sum())} of {len(robust)} digits robust."
+    said = []
+    for name in SIZES:
+        robust = outcomes[f"{OURS}, {name}"]
+        assert torch.equal(robust, outcomes[f"{OFFICIAL}, {name}"]), f"they disagree on {name}"
+        said.append(f"{int(robust.sum())} of {len(robust)} digits withstand both on {name}")
+    return f"{', '.join(said)}: the same ones."
 
 
 GROUP = Group(
     about=(
-        f"AutoAttack, version standard, on {SAMPLES} held-out digits of 8x8 pixels, eps {EPS}, in batches of "
-        f"{BATCH_SIZE}; a small CNN of width {WIDTH} after {EPOCHS} epochs of adversarial training, float32."
+        f"AutoAttack, version standard, on {SAMPLES} held-out digits in one batch: a small CNN of width 16 at 8x8 "
+        f"pixels and eps {EPS['small_cnn_16']}, and a WideResNet-16-1 at 16x16 pixels and eps "
+        f"{EPS['wide_resnet_16_1']}, after {EPOCHS} epochs of adversarial training, float32."
     ),
-    goals=(Goal(OFFICIAL, "/", FAST, ">=", 1.3),),
+    goals=tuple(Goal(f"{OFFICIAL}, {name}", "/", f"{OURS}, {name}", ">=", 1.3) for name in SIZES),
     prepare=prepare,
 )

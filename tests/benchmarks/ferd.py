@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ferdlib.models import create
@@ -22,23 +23,23 @@ RELEASED, RELEASED_OURS = "released() as the release does it", "released(), FERD
 SIZES: dict[str, Any] = {
     "num_classes": 10,
     "layer": "block3",
-    "image_shape": (1, 8, 8),
+    "image_shape": (1, 32, 32),
     "epochs": 1,
     "warmup_epochs": 0,
-    "batch_size": 32,
+    "batch_size": 16,
     "generator_steps": 15,
     "generator_width": 16,
     "student_steps": 30,
-    "crop_padding": 1,
 }
-TEACHER, STUDENT = "wide_resnet_16_4", "small_cnn_16"
+TEACHER, STUDENT = "wide_resnet_16_4", "wide_resnet_16_1"
 
 
 def prepare(settings: Settings) -> Prepared:
     from ..reference_ferd import paper_epoch, released_epoch
 
     torch.manual_seed(settings.seed)
-    seen, _ = digits(settings.seed, settings.device)
+    (x, y), _ = digits(settings.seed, settings.device)
+    seen = F.interpolate(x, SIZES["image_shape"][1:], mode="bilinear"), y
     teacher, student = (
         create(name, 10, in_channels=1).to(settings.device) for name in (TEACHER, STUDENT)
     )
@@ -90,8 +91,8 @@ def check(outcomes: dict[str, list[float]]) -> str:
 
 GROUP = Group(
     about=(
-        f"An epoch of FERD on 8x8 images, batches of {SIZES['batch_size']}, {SIZES['generator_steps']} generator "
-        f"and {SIZES['student_steps']} student steps; teacher {TEACHER}, student {STUDENT}."
+        f"An epoch of FERD on 32x32 images, batches of {SIZES['batch_size']}, {SIZES['generator_steps']} "
+        f"generator and {SIZES['student_steps']} student steps; teacher {TEACHER}, student {STUDENT}."
     ),
     goals=(
         Goal(PAPER, "/", PAPER_OURS, ">=", 5),
