@@ -54,7 +54,7 @@ def table(script):
 @pytest.fixture(scope="module")
 def data(setup):
     """60 digits to train on, 30 held out."""
-    images = setup.load("digits", Path(), "train")
+    images, _ = setup.load_splits("digits", Path())
     few = images.part(setup.stratified(images, 90, 0))
     held_out = setup.stratified(few, 30, 0)
     kept = torch.ones(90, dtype=torch.bool).index_fill(0, held_out, False)
@@ -283,7 +283,7 @@ def test_smoke_prints_the_report_of_the_student_that_it_leaves(smoke, script, se
         shown = re.search(rf"^{column} +(\d+\.\d) .*?(\d+\.\d) \[", result.stdout, re.MULTILINE)
         found = (100 * report[column].average, 100 * report[column].worst_class)
         assert shown.groups() == tuple(f"{value:.1f}" for value in found)
-    tested = setup.chosen(setup.load("digits", Path(), "test"), 100, 0)
+    tested = setup.chosen(setup.load_splits("digits", Path())[1], 100, 0)
     student = load_checkpoint(out / "student.pt")
     assert evaluate(student, tested, report.protocol, num_classes=10) == report
     assert "2/2" in result.stderr
@@ -321,17 +321,14 @@ def test_stopped_and_resumed_as_a_user_does(script, tmp_path, capsys):
 def test_the_test_images_choose_nothing(script, setup, tmp_path, monkeypatch):
     options = [*RUN, "--method", "wat-ard"]
     run_main(script, *options, "--out", tmp_path / "a")
-    original = setup.load
+    original = setup.load_splits
 
-    def poisoned(source, root, split, **rest):
-        images = original(source, root, split, **rest)
-        if split == "train":
-            return images
-        rng = torch.Generator().manual_seed(0)
-        pixels = torch.rand(images.pixels.shape, generator=rng)
-        return replace(images, pixels=pixels, labels=images.labels.flip(0))
+    def poisoned(source, root, **rest):
+        images, test = original(source, root, **rest)
+        pixels = torch.rand(test.pixels.shape, generator=torch.Generator().manual_seed(0))
+        return images, replace(test, pixels=pixels, labels=test.labels.flip(0))
 
-    monkeypatch.setattr(setup, "load", poisoned)
+    monkeypatch.setattr(setup, "load_splits", poisoned)
     run_main(script, *options, "--out", tmp_path / "b")
     students = [load_checkpoint(tmp_path / folder / "student.pt") for folder in "ab"]
     assert same(*(student.state_dict() for student in students))
@@ -345,7 +342,7 @@ def test_the_images_held_out_are_not_trained_on(script, setup):
     rows = [images.pixels.flatten(1) for images in (work.data.train, work.data.val)]
     assert [len(part) for part in rows] == [1000, 257]
     assert int(work.data.val.labels.bincount().min()) >= 25
-    everything = setup.load("digits", Path(), "train").pixels.flatten(1)
+    everything = setup.load_splits("digits", Path())[0].pixels.flatten(1)
     both = torch.cat(rows)
     assert torch.equal(both[both.sum(1).argsort()].sum(0), everything.sum(0))
     apart = (rows[0][:, None, :] != rows[1][None]).any(dim=2)
