@@ -221,7 +221,7 @@ class FERDConfig:
     and flip of an image. Papers: every time."""
     cache_teacher_utae: Literal["exact", "joint", "none"] = "exact"
     """Examples made on the teacher once per stored image, where that is exact: no augmentation, no random start;
-    "joint": always, and images and examples are augmented together. Paper: every time."""
+    "joint": always, and images and examples are augmented together: weaker ones. Paper: every time."""
     fold_batchnorm: bool = True
     """Attack copies of teacher and student with BatchNorm folded; logits differ by about 1e-6. Papers: no."""
     precision: Literal["float32", "bfloat16"] = "float32"
