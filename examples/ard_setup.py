@@ -250,6 +250,11 @@ def resume(run: Run, name: str, teachers: Mapping[str, str]) -> None:
     state = found(checkpoints(run.args, name), run.args.resume, keys)
     if state is not None:
         check_options(state["args"] | state["teachers"], options(run.args) | {**teachers})
+        if count() > 1 and len(state["run"]["left"]) and state["run"]["total"]:
+            raise ValueError(
+                "expected a checkpoint between two epochs, from which several processes can go on, got one within "
+                f"epoch {state['run']['epoch'] + 1}; finish that with one process"
+            )
         run.load_state_dict(state["run"])
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -130,6 +131,30 @@ def test_four_processes_go_on_as_two_and_as_one():
     alone = resumed(0, 1, states[0])
     assert len(alone["losses"]) == 4
     assert alone["pool"] == 6 * 12
+
+
+def within_an_epoch():
+    trainer, asked = make_trainer(), itertools.count()
+    list(trainer.epochs(stop=lambda: next(asked) > 1))
+    return trainer.state_dict()
+
+
+def refusal(rank, size, state):
+    trainer = make_trainer()
+    try:
+        trainer.load_state_dict(state)
+    except ValueError as error:
+        return [str(error), trainer.epoch, len(trainer.pool)]
+    return []
+
+
+def test_several_processes_do_not_go_on_within_an_epoch():
+    """The class sums so far are of all images; each process would count them as its own."""
+    sentence = (
+        "FERDTrainer.load_state_dict: expected a state between two epochs, from which several processes "
+        "can go on, got one within epoch 1; finish that with one process"
+    )
+    assert on_ranks(2, refusal, within_an_epoch()) == [[sentence, 0, 0]] * 2
 
 
 def test_resuming_with_as_many_processes_equals_not_stopping():

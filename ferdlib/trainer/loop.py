@@ -286,7 +286,8 @@ class FERDTrainer:
 
         Raises:
             ValueError: the state was made under another config (the fields that differ are named), for
-                another student, or with other random generators; nothing is loaded then.
+                another student, or with other random generators, or within an epoch, from which several
+                processes cannot go on; nothing is loaded then.
         """
         states.check(state, asdict(self.config), self.student, self._generators())
         self.pool.load_state_dict(states.parted(state["pool"], self._ranks), device=self.device)

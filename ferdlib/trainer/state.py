@@ -51,6 +51,13 @@ def check(
             raise ValueError(
                 f"{name}: expected `{key}` of shape ({config['num_classes']},), got {tuple(state[key].shape)}"
             )
+    if (
+        state["stopped"] is not None and Ranks.here().size > 1
+    ):  # whose class sums are of all images so far
+        raise ValueError(
+            f"{name}: expected a state between two epochs, from which several processes can go on, got one "
+            f"within epoch {state['epoch'] + 1}; finish that with one process"
+        )
     if state["rng"].keys() != rngs.keys():
         raise ValueError(
             f"{name}: expected random generators of {', '.join(rngs)}, got those of "
