@@ -53,6 +53,7 @@ def still(model: nn.Module) -> nn.Module:
 def make_trainer(preset="paper", method=None, **changes):
     config = getattr(FERDConfig, preset)(**(TINY | changes))
     teacher, student, generator = make_double_models(config.conditional_generator)
+    generator.image_dtype = torch.float64
     if method is not None:
         method = create(method, 3, teacher=teacher, steps=2, eps=0.1, step_size=0.05)
     return FERDTrainer(
@@ -91,14 +92,19 @@ def test_an_epoch_of_several_processes_is_that_of_one(preset, changes, size):
     Not so crops and starts of the student's images, whose order in the batch is another one.
     """
     expected = trained(0, 1, preset, 1, changes)
+    tolerance = (
+        1e-10 if size == 2 else 1e-8
+    )  # three cut the float32 codes where their order of sums shows
     for found in on_ranks(size, trained, preset, 1, changes):
         for key in ("generator", "agreement", *(["losses"] if preset == "paper" else [])):
-            assert found[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6)
-        assert torch.allclose(torch.tensor(found["p"]), torch.tensor(expected["p"]), atol=1e-6)
+            assert found[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance)
+        assert torch.allclose(
+            torch.tensor(found["p"]), torch.tensor(expected["p"]), rtol=0, atol=1e-7
+        )
         if preset == "paper":
             for key in ("gradients", "weights"):
                 for a, b in zip(found[key], expected[key], strict=True):
-                    assert float((a - b).abs().max()) < 1e-6
+                    assert float((a - b).abs().max()) < tolerance
 
 
 def state_of(rank, size, epochs):

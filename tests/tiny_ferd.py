@@ -56,10 +56,12 @@ class DoubleCNN(SmallCNN):
 
 
 class DoubleGenerator(Generator):
-    """The same, from float32 codes to float32 images."""
+    """The same, from float32 codes to float32 images, unless these shall be of another dtype."""
+
+    image_dtype = torch.float32
 
     def forward(self, latents, labels=None):
-        return super().forward(latents.double(), labels).float()
+        return super().forward(latents.double(), labels).to(self.image_dtype)
 
 
 def make_double_models(conditional: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
