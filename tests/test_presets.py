@@ -16,6 +16,7 @@ from ferdlib import losses
 from ferdlib.models import wide_resnet
 from ferdlib.synthesis.inversion import adam
 from ferdlib.trainer import FERDConfig, FERDTrainer
+from ferdlib.trainer.parts import set_rates
 
 CIFAR10 = {"num_classes": 10, "layer": "bn1"}
 SHORT = {"generator_steps": 1, "bottleneck_steps": 1, "margin_attack_steps": 1, "student_steps": 0}
@@ -64,8 +65,8 @@ def test_the_student_has_sgd_and_a_cosine_over_all_220_epochs(preset):
     (group,) = trainer.student_optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     rates = []
-    for trainer.epoch in range(220):
-        trainer._set_rates()
+    for epoch in range(220):
+        set_rates(trainer.student_optimizer, [0.1], trainer.config, epoch)
         rates.append(group["lr"])
     by_hand = [0.1 * (1 + math.cos(math.pi * e / 220)) / 2 for e in range(220)]
     assert rates == pytest.approx(by_hand)
