@@ -83,20 +83,33 @@ def digits(seed: int) -> dict[str, Data]:
     return {"train": (x[train], y[train]), "val": (x[val], y[val]), "test": (x[test], y[test])}
 
 
-def train_teacher(data: Data, epochs: int, seed: int) -> nn.Module:
+def train_teacher(args: Args, data: Data, stop: Stop) -> nn.Module:
     """PGD adversarial training (Madry et al. 2018), written with ferdlib's `pgd`; averaged weights."""
     x, y = data
-    rng = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = small_cnn(1, 10, width=TEACHER_WIDTH).to(memory_format=torch.channels_last)  # faster
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
-    batches = epochs * len(x.split(100))
+    batches = args.teacher_epochs * len(x.split(100))
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=batches)
     attack = partial(pgd, eps=TEACHER_EPS, step_size=TEACHER_STEP_SIZE, steps=7, rng=rng)
-    for _ in tqdm(range(epochs), desc="teacher, adversarial training", unit="epoch"):
+
+    options = {"seed": args.seed, "teacher_epochs": args.teacher_epochs}
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    kept = checkpoints(args, "teacher")
+    state = found(kept, args.resume, {"options", "epoch", "rng", *parts})
+    if state is not None:
+        check_options(state["options"], options)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        rng.set_state(state["rng"])
+
+    first, last = 0 if state is None else state["epoch"], args.teacher_epochs
+    title = "teacher, adversarial training"
+    for epoch in tqdm(range(first, last), title, last, initial=first, unit="epoch"):
         for index in torch.randperm(len(x), generator=rng).split(100):
             loss = F.cross_entropy(model(attack(model, x[index], y[index])), y[index])
             optimizer.zero_grad()
@@ -104,6 +117,13 @@ def train_teacher(data: Data, epochs: int, seed: int) -> nn.Module:
             optimizer.step()
             schedule.step()
             averaged.update_parameters(model)
+        done, leaving = epoch + 1, stop() or stop.late
+        if leaving or done == last or done % args.checkpoint_every == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            kept.save(state | {"options": options, "epoch": done, "rng": rng.get_state()}, done)
+        if leaving:
+            stop.leave(f"after epoch {done} of {last} of the teacher")
+            sys.exit()
     return averaged.module.eval()
 
 
@@ -136,21 +156,6 @@ def config(epochs: int, **changes: object) -> FERDConfig:
 def checkpoints(args: Args, name: str) -> Checkpoints:
     """Of the teacher, or of a student by its number."""
     return Checkpoints(args.out / "checkpoints" / name, keep=args.keep_checkpoints)
-
-
-def robust_teacher(args: Args, data: Data) -> nn.Module:
-    """Trained, and kept; or as it was kept."""
-    options = {"seed": args.seed, "teacher_epochs": args.teacher_epochs}
-    kept = checkpoints(args, "teacher")
-    state = found(kept, args.resume, {"options", "weights"})
-    if state is None:
-        teacher = train_teacher(data, args.teacher_epochs, args.seed)
-        kept.save({"options": options, "weights": teacher.state_dict()}, args.teacher_epochs)
-        return teacher
-    check_options(state["options"], options)
-    teacher = small_cnn(1, 10, width=TEACHER_WIDTH).to(memory_format=torch.channels_last)
-    teacher.load_state_dict(state["weights"])
-    return teacher.eval()
 
 
 def distil(
@@ -231,8 +236,8 @@ def draw(reports: dict[str, RobustnessReport], trainer: FERDTrainer, out: Path) 
 
 def train(args: Args, data: Data) -> tuple[FERDTrainer, dict[str, nn.Module]]:
     """FERD's run, and all models by the names of their rows."""
-    teacher = robust_teacher(args, data)
     with Stop(args.max_minutes) as stop:
+        teacher = train_teacher(args, data, stop)
         trainer = distil(teacher, config(args.epochs), args, stop, number=0, name="FERD")
         models = {"teacher": teacher, "FERD": trainer.student}
         for number, name in enumerate(ABLATIONS if args.ablate else (), start=1):

@@ -93,8 +93,8 @@ class Ranks:
         return count // self.size
 
     def part(self, rows: Tensor) -> Tensor:
-        """This process's part of what all of them have, by the first dimension."""
-        return rows.tensor_split(self.size)[self.rank]
+        """This process's part of what all of them have: every `size`-th row."""
+        return rows[self.rank :: self.size]
 
     def noise(self, generator: torch.Generator) -> Any:
         """The generator, or this process's shard of it, which goes wherever a generator goes."""
@@ -123,12 +123,15 @@ class Ranks:
         return self.total((~flags).int()) == 0
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """The rows of all processes in order of rank, as many from each."""
+        """The rows of all processes, as many from each, of which every one finds its own as its `part`.
+
+        The first rows of all come first: what is in order of age stays so, whatever the number of processes.
+        """
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
         distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return torch.stack(parts, dim=1).flatten(0, 1)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, or a DistributedDataParallel around it whose gradients are means over processes."""

@@ -15,8 +15,11 @@ from ranks import on_ranks
 from tiny_ferd import SIZES, make_double_models
 from torch import nn
 
+from ferdlib._ranks import Ranks
 from ferdlib.methods import METHODS, create
+from ferdlib.synthesis import ImagePool
 from ferdlib.trainer import FERDConfig, FERDTrainer
+from ferdlib.trainer.state import gathered, parted
 
 ROOT = Path(__file__).parents[1]
 TINY = SIZES | {
@@ -137,6 +140,28 @@ def test_four_processes_go_on_as_two_and_as_one():
     alone = resumed(0, 1, states[0])
     assert len(alone["losses"]) == 4
     assert alone["pool"] == 6 * 12
+
+
+def years(rank, size, capacity, numbers, state):
+    """A full pool after more batches of 12 images, each with its number as label, and its gathered state."""
+    ranks = Ranks(rank, size)
+    pool = ImagePool(capacity // size)
+    if state is not None:
+        pool.load_state_dict(parted(state, ranks))
+    for number in numbers:
+        own = 12 // size
+        pool.add(torch.rand(own, 1, 2, 2), torch.full((own,), number))
+    return gathered(pool.state_dict(), ranks)
+
+
+def test_the_oldest_images_give_way_whatever_the_number_of_processes():
+    """Room for three years: the fourth takes the place of the first, the fifth of the second, and so on."""
+    state = years(0, 1, 36, range(4), None)
+    for size, newest in ((4, 4), (2, 5), (1, 6)):
+        arguments = (36, range(newest, newest + 1), state)
+        state = years(0, 1, *arguments) if size == 1 else on_ranks(size, years, *arguments)[0]
+        expected = [year for year in (newest - 2, newest - 1, newest) for _ in range(12)]
+        assert sorted(state["columns"]["labels"].tolist()) == expected
 
 
 def within_an_epoch():

@@ -131,7 +131,7 @@ def test_every_example_refuses_it(case, kind, examples, tmp_path, marker, monkey
     path = plant(tmp_path / place.replace("NEWEST", "checkpoint-0000000001.pt"), marker, kind)
     if script == "fair_ard_table":  # its teacher was trained and measured
         (path.parent / "teacher-0.json").write_text("{}")
-    if script == "quickstart":
+    if case == "quickstart --resume, its student":
         small = module.small_cnn(1, 10, width=module.TEACHER_WIDTH)
         monkeypatch.setattr(module, "train_teacher", lambda *_: small)
     model = tmp_path / "model.pt"

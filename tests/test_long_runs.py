@@ -1,7 +1,4 @@
-"""Runs that are stopped, killed or short of disk: what was saved stays, and what goes on is the same run.
-
-As a program, `python tests/test_long_runs.py 50`, it kills a run so many times.
-"""
+"""Runs that are stopped, killed or short of disk: what was saved stays, and what goes on is the same run."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from kills import environment, kill
 from sklearn.datasets import load_digits
 from tiny_ferd import SIZES, make_models, same
 from tiny_ferd import make_trainer as tiny_trainer
@@ -185,11 +182,6 @@ def command(folder, epochs):
     return [sys.executable, program, str(folder), str(epochs)]
 
 
-def environment():
-    places = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    return os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
-
-
 def killed_again_and_again(folder, kills, seed=0):
     """A run that is killed so many times, and one that is not: both students, and unreadable files met."""
     epochs = 3 * kills + 2  # more than it gets done before it is killed as often
@@ -202,14 +194,7 @@ def killed_again_and_again(folder, kills, seed=0):
         for _ in range(draw.randint(1, 3)):
             assert run.stdout.readline(), "it ended by itself"
         time.sleep(draw.uniform(0, 0.1))
-        run.kill()
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL
-        for path in Checkpoints(folder / "killed" / "checkpoints").files():
-            try:
-                Checkpoints.read(path)
-            except ValueError:
-                unreadable += 1
+        unreadable += kill(run, folder / "killed")
     subprocess.run(command(folder / "killed", epochs), **quiet, check=True)
     straight.communicate()
     students = [torch.load(folder / name / "student.pt") for name in ("straight", "killed")]
@@ -331,12 +316,23 @@ def test_a_script_is_interrupted_and_goes_on(name, step, examples, tmp_path, mon
     assert not (tmp_path / "a" / "checkpoints").exists()  # the results are written
 
 
-def test_quickstart_is_interrupted_and_goes_on(examples, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "step", "count", "where"),
+    [
+        (None, "pgd", 3, "after epoch 1 of 2 of the teacher"),
+        ("FERDTrainer", "distill_step", 3, "after epoch 1 of 2 of the student, FERD"),
+    ],
+    ids=["teacher", "student"],
+)
+def test_quickstart_is_interrupted_and_goes_on(
+    owner, step, count, where, examples, tmp_path, monkeypatch, capsys
+):
     module = examples("quickstart")
     plain = module.config
     small = {"student_steps": 4, "generator_steps": 2, "margin_attack_steps": 2}
     monkeypatch.setattr(module, "config", lambda epochs: plain(epochs, **small))
-    options = ["--teacher-epochs", "1", "--epochs", "2"]
+    monkeypatch.setattr(module, "TEACHER_WIDTH", 4)
+    options = ["--teacher-epochs", "2", "--epochs", "2"]
 
     def train(folder, *more):
         args = tyro.cli(module.Args, args=[*options, "--out", str(tmp_path / folder), *more])
@@ -344,12 +340,15 @@ def test_quickstart_is_interrupted_and_goes_on(examples, tmp_path, monkeypatch):
         return models["teacher"].state_dict(), trainer.state_dict()
 
     with monkeypatch.context() as patch:
-        interrupt(patch, module.FERDTrainer, "distill_step", 3)
+        interrupt(patch, module if owner is None else getattr(module, owner), step, count)
         with pytest.raises(SystemExit) as stop:
             train("a", "--resume", "auto")
     assert stop.value.code == 130
+    assert f"stopped {where}; the same" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected --resume auto or another --out, got"):
         train("a")
+    with pytest.raises(ValueError, match="got others for --seed"):
+        train("a", "--resume", "auto", "--seed", "1")
     assert same(train("a", "--resume", "auto"), train("b"))
 
 
@@ -369,14 +368,3 @@ def test_a_cycle_of_the_soak_leaves_nothing(tmp_path):
     # Three runs take turns, so a cycle is like the third before it, once their pools are full.
     for name in ("tensors", "files", "threads"):
         assert held[13][name] == held[19][name], name
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        asked = int(sys.argv[1])
-        one, other, met = killed_again_and_again(Path(place), asked)
-        print(
-            f"{asked} kills, {asked} resumes, {met} unreadable files, students "
-            f"{'the same bit for bit' if same(one, other) else 'that differ'}"
-        )
-        sys.exit(met > 0 or not same(one, other))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ferdlib.attacks import least_pgd_steps, pgd
-from ferdlib.models import resnet18
+from ferdlib.models import freeze_for_attack, resnet18
 
 from .harness import Competitor, Goal, Group, Prepared, Settings, available
 
@@ -18,6 +18,7 @@ EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 5
 
 BARE = "bare forward and input gradient"
 PGD, PGD_FAST = "ferdlib pgd", "ferdlib pgd on the fast copy"
+PGD_COMPILED = "ferdlib pgd on the fast copy, compiled"
 LPS = "ferdlib least_pgd_steps"
 TORCHATTACKS, FOOLBOX = "torchattacks PGD", "foolbox LinfPGD"
 
@@ -41,10 +42,13 @@ def prepare(settings: Settings) -> Prepared:
     def ours(attacked: nn.Module) -> Competitor:
         return partial(pgd, attacked, x, y, eps=EPS, step_size=STEP_SIZE, steps=STEPS)
 
-    def ours_on_the_fast_copy() -> Competitor:
-        from ferdlib.models import freeze_for_attack
-
-        return ours(freeze_for_attack(model))
+    def ours_compiled() -> Competitor:
+        fast = freeze_for_attack(model, compile=True)
+        try:
+            fast(x)
+        except RuntimeError as error:  # of torch, where there is no C++ compiler
+            raise ImportError(f"torch.compile fails: {str(error).splitlines()[0]}") from error
+        return ours(fast)
 
     # The others leave gradients in the weights, or differentiate for them: each has a model of its own.
     def torchattacks_pgd() -> Competitor:
@@ -66,7 +70,8 @@ def prepare(settings: Settings) -> Prepared:
         LPS: partial(
             partial, least_pgd_steps, model, x, y, eps=EPS, step_size=STEP_SIZE, steps=STEPS
         ),
-        PGD_FAST: ours_on_the_fast_copy,
+        PGD_FAST: lambda: ours(freeze_for_attack(model)),
+        PGD_COMPILED: ours_compiled,
         TORCHATTACKS: torchattacks_pgd,
         FOOLBOX: foolbox_pgd,
     }
@@ -76,8 +81,8 @@ def prepare(settings: Settings) -> Prepared:
 GROUP = Group(
     about=(
         f"PGD of {STEPS} steps from a uniform start on a ResNet-18 in eval mode, 32x32 images, eps 8/255. "
-        "Weights require gradients, as a fresh model's do, but for the bare loop and the fast copy, which are "
-        "made before the timing."
+        "Weights require gradients, as a fresh model's do, but for the bare loop and the fast copies, which "
+        "are made, and compiled, before the timing."
     ),
     goals=(
         Goal(PGD, "/", BARE, "<=", 1.03),

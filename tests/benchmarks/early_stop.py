@@ -15,6 +15,7 @@ from .harness import Goal, Group, Prepared, Settings
 from .problems import Data, digits, train
 
 EPOCHS, IMAGE_SIZE = 2, 32
+TRAINING_EPS, TRAINING_STEPS = 0.1, 2
 PGD_STEPS, LPS_STEPS = 20, 10
 SHARE, TOLERANCE = 0.5, 0.05  # of the images that withstand PGD-20
 
@@ -80,8 +81,12 @@ def prepare(settings: Settings) -> Prepared:
         (F.interpolate(x, IMAGE_SIZE, mode="bilinear").repeat(1, 3, 1, 1), y)
         for x, y in digits(settings.seed, settings.device)
     )
+    noise = settings.noise()
+    attack = partial(
+        pgd, eps=TRAINING_EPS, step_size=TRAINING_EPS / 2, steps=TRAINING_STEPS, rng=noise
+    )
     model = resnet18(10).to(settings.device)
-    model = settings.place(train(model, seen, epochs=EPOCHS, rng=settings.noise()))
+    model = settings.place(train(model, seen, epochs=EPOCHS, rng=noise, attack=attack))
     x, y = (tensor[: settings.batch_size] for tensor in held_out)
     data = settings.place(x), y
     eps, share = half_fooling(model, data, settings)
@@ -106,8 +111,9 @@ def check(outcomes: dict[str, Tensor]) -> str:
 
 GROUP = Group(
     about=(
-        "A ResNet-18 trained for two epochs on digits of 32x32 pixels without attacks, at a radius that half of "
-        "the images withstand: PGD-20 judged at any iterate, and least PGD steps of 10."
+        f"A ResNet-18 after {EPOCHS} epochs of adversarial training (PGD-{TRAINING_STEPS}, eps {TRAINING_EPS}) on "
+        "digits of 32x32 pixels, at a radius that half of the images withstand: PGD-20 judged at any iterate, and "
+        "least PGD steps of 10."
     ),
     goals=(
         Goal(ANY_FULL, "/", ANY_EARLY, ">=", 1.5),
