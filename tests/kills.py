@@ -53,7 +53,7 @@ def kill(run: subprocess.Popen[str], folder: Path) -> int:
     run.communicate()
     assert run.returncode == -signal.SIGKILL, f"it ended by itself: {run.returncode}"
     unreadable = 0
-    for path in folder.rglob("*.pt"):
+    for path in folder.rglob("checkpoint-*.pt"):
         try:
             Checkpoints.read(path)
         except ValueError:

@@ -220,6 +220,24 @@ def fair_weights(rank, size):
     return trainer.method.class_weights.weights
 
 
+def ended_by_a_nan(rank, size):
+    """What ends a trainer's run when the second of its processes finds a NaN in its first loss."""
+    trainer = make_trainer()
+    plain = trainer.method.loss
+    if rank == 1:
+        trainer.method.loss = lambda *batch: plain(*batch) * float("nan")
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        return str(error)
+    return "it went on"
+
+
+def test_a_nan_of_one_process_ends_all_of_them_in_the_same_step():
+    for found in on_ranks(2, ended_by_a_nan):
+        assert "got NaN or infinity in epoch 1, step 1 of the student" in found
+
+
 def test_sizes_that_cannot_be_shared():
     with pytest.raises(
         Exception, match="expected `config.batch_size` to be a multiple of the 5 proc"
