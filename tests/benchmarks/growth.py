@@ -11,12 +11,12 @@ from ferdlib.models import create
 
 from .harness import Competitor, Group, Prepared, Settings
 
-BASE = {"images": 32, "classes": 10, "steps": 2, "size": 32, "model": "resnet18"}
+BASE = {"images": 32, "classes": 10, "steps": 5, "size": 32, "model": "resnet18"}
 CHANGES = (
     {},
     *({"images": n} for n in (8, 128)),
     *({"classes": k} for k in (100, 1000)),
-    *({"steps": t} for t in (4, 8)),
+    *({"steps": t} for t in (10, 20)),
     *({"size": s} for s in (16, 64)),
     *({"model": m} for m in ("mobilenet_v2", "wide_resnet_16_4", "wide_resnet_28_4")),
 )
