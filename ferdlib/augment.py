@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._ranks import drawn
 
 __all__ = ["Crops", "crop_flip"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
 from ferdlib._ranks import drawn
 from ferdlib.losses import cross_entropy

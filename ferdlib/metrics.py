@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 __all__ = [
     "average",

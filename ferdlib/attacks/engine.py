@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
 from ferdlib._ranks import drawn
 from ferdlib.losses import cross_entropy

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
 from ferdlib.attacks.engine import (
     Loss,

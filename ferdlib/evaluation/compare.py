@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.evaluation.figures import AttackResult
 from ferdlib.evaluation.paired import holm, mcnemar, paired_permutation
 from ferdlib.evaluation.report import WORST_CASE, RobustnessReport

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ferdlib import _checks, metrics
+from ferdlib import _oldchecks as _checks
+from ferdlib import metrics
 from ferdlib.evaluation import intervals
 
 

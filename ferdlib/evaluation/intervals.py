@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ferdlib import _checks, metrics
+from ferdlib import _oldchecks as _checks
+from ferdlib import metrics
 
 __all__ = [
     "average_interval",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.attacks import autoattack
 from ferdlib.attacks.engine import NORMAL_START_SCALE, Model, ascend
 from ferdlib.evaluation.batches import Batches

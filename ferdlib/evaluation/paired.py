@@ -13,7 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ferdlib import _checks, metrics
+from ferdlib import _oldchecks as _checks
+from ferdlib import metrics
 from ferdlib.evaluation.intervals import class_counts, upper_tail
 
 __all__ = ["holm", "mcnemar", "paired_permutation"]

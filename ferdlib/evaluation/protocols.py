@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.attacks.autoattack import VERSIONS
 
 Kind = Literal["pgd", "cw", "autoattack", "custom"]

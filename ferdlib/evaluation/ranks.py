@@ -8,7 +8,7 @@ from typing import Any
 from torch import distributed
 from torch.utils.data import Dataset, Subset
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.evaluation.compare import merge
 from ferdlib.evaluation.report import RobustnessReport
 

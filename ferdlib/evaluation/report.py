@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.evaluation.figures import AttackResult
 from ferdlib.evaluation.protocols import Protocol
 from ferdlib.evaluation.trust import Finding

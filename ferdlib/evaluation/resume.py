@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.evaluation.outcome import Outcome
 
 FORMAT = 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import ferdlib
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
 from ferdlib.attacks.engine import Model, checked_bounds
 from ferdlib.evaluation.batches import SIZES, Batches

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.losses.balance import _scalar
 from ferdlib.losses.basic import (
     confidence_penalty,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._ranks import sum_over_ranks
 from ferdlib.losses.basic import cross_entropy, distillation, labels_of, uniformity
 

@@ -8,7 +8,7 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 
 class FairAverage:

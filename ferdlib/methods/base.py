@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._ranks import Ranks
 from ferdlib.attacks import least_pgd_steps, pgd
 from ferdlib.losses import cross_entropy

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks, losses, metrics
+from ferdlib import _oldchecks as _checks
+from ferdlib import losses, metrics
 from ferdlib._modes import borrowed
 from ferdlib._ranks import Ranks
 from ferdlib.attacks import least_pgd_steps, pgd

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks, losses
+from ferdlib import _oldchecks as _checks
+from ferdlib import losses
 from ferdlib.attacks import utae_pgd
 from ferdlib.methods.protocol import FrozenTeacher
 from ferdlib.models.freeze import FrozenModel, fast_copy

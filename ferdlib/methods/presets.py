@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.methods.base import Adversarial, Distilled
 from ferdlib.methods.distillation import ABSLD, ARD, IAD, MTARD, RSLAD, AdaAD
 from ferdlib.methods.fair import FairARD, FairIAD, FairMTARD, FairRSLAD

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.models.registry import build
 
 # By the names under which RobustBench and TRADES publish them.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

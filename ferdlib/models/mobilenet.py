@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 # Sandler et al. 2018, Table 2: expansion, channels, blocks, stride; the second stage keeps 32x32 here.
 STAGES = (

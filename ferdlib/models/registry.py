@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.models.cnn import small_cnn
 from ferdlib.models.mobilenet import mobilenet_v2
 from ferdlib.models.preact import preact_resnet18, preact_resnet34, wide_resnet

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 
 def resnet18(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.metrics import _accuracies
 
 if TYPE_CHECKING:

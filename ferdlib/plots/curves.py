@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.plots import _common
 from ferdlib.plots._common import COLOURS, LEGEND, MARKERS
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 
 def within_steps(function: str, argument: str, counts: Tensor, steps: float) -> Tensor:

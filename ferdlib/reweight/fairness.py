@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.reweight._common import filled, in_unit_interval, mean_one, ramp, within_steps
 
 __all__ = ["cfa_margins", "cfa_mixing", "confusion_weights", "gairat", "kl_ball"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.reweight._common import filled, mean_one, ramp, within_steps
 
 __all__ = [

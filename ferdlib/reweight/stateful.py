@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib.reweight._common import checked_state, class_values
 
 __all__ = ["FRLWeights", "HedgeWeights"]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks, bottleneck, losses
+from ferdlib import _oldchecks as _checks
+from ferdlib import bottleneck, losses
 from ferdlib._modes import borrowed
 from ferdlib._ranks import Ranks, drawn, source
 from ferdlib.bottleneck import Part

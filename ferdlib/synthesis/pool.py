@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 
 class ImagePool:

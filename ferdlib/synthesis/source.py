@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 from ferdlib._ranks import drawn
 
 

@@ -1,6 +1,6 @@
 """The thin reference trainer: composition of the primitives, no mathematics of its own."""
 
-from ferdlib.trainer.checkpoint import Checkpoints
+from ferdlib.checkpoints import Checkpoints
 from ferdlib.trainer.config import FERDConfig
 from ferdlib.trainer.loop import FERDTrainer
 from ferdlib.trainer.stats import EpochStats

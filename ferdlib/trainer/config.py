@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from ferdlib import _checks
+from ferdlib import _oldchecks as _checks
 
 # Whatever may be tuned among the defaults is written out, so that no preset moves with it.
 PAPER: dict[str, Any] = {

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _checks, losses, reweight
+from ferdlib import _oldchecks as _checks
+from ferdlib import losses, reweight
 from ferdlib._modes import borrowed
 from ferdlib._ranks import Ranks
 from ferdlib.augment import Crops

@@ -1,0 +1,172 @@
+"""Errors that name the public function once, and checks of plain values; needs no torch.
+
+An error reads ``function: expected `argument` ..., got ...; remedy``. A check knows the argument, and
+`public` puts the function before it. Checks take arguments by name: ``real(0, 1, alpha=alpha)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class InvalidType(TypeError):
+    """An argument of the wrong type or dtype."""
+
+
+class InvalidValue(ValueError):
+    """An argument of the wrong shape, range, name, length or device."""
+
+
+class InvalidState(RuntimeError):
+    """A call at the wrong moment, or a model whose numbers are not finite."""
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function or method: errors about its arguments start with its name.
+
+    A method's errors start with the class of its instance, those of a constructor or a call with the class
+    alone. A generator function runs after the call that is watched here: check before it, not in it.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except InvalidType as error:
+            raise TypeError(f"{_name(function, args)}: {error}") from error.__cause__
+        except InvalidValue as error:
+            raise ValueError(f"{_name(function, args)}: {error}") from error.__cause__
+        except InvalidState as error:
+            raise RuntimeError(f"{_name(function, args)}: {error}") from error.__cause__
+
+    return checked
+
+
+def _name(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    owner, _, name = function.__qualname__.rpartition("<locals>.")[2].rpartition(".")
+    if not owner:
+        return name
+    if args and any(kind.__name__ == owner for kind in type(args[0]).__mro__):
+        owner = type(args[0]).__name__
+    return (
+        owner if name in ("__init__", "__post_init__", "__call__", "forward") else f"{owner}.{name}"
+    )
+
+
+def got(value: Any) -> str:
+    """Describe a value in a few words: a tensor by dtype and shape, anything else by type and value."""
+    if hasattr(value, "dtype") and hasattr(value, "shape") and hasattr(value, "requires_grad"):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def real(low: float = -math.inf, high: float = math.inf, /, **named: Any) -> None:
+    """Finite numbers in `[low, high]`."""
+    for name, value in named.items():
+        _number(name, value)
+        if not math.isfinite(value) or not low <= value <= high:
+            left = f"({low:g}" if low == -math.inf else f"[{low:g}"
+            right = f"{high:g})" if high == math.inf else f"{high:g}]"
+            raise InvalidValue(f"expected `{name}` in {left}, {right}, got {value!r}")
+
+
+def positive(**named: Any) -> None:
+    """Finite numbers above 0."""
+    for name, value in named.items():
+        _number(name, value)
+        if not math.isfinite(value) or value <= 0:
+            raise InvalidValue(f"expected `{name}` in (0, inf), got {value!r}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidType(f"expected `{name}` to be a number, got {got(value)}")
+
+
+def integer(low: int, /, **named: Any) -> None:
+    """Integers from `low` on."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidType(f"expected `{name}` to be an int, got {got(value)}")
+        if value < low:
+            raise InvalidValue(f"expected `{name}` >= {low}, got {value}")
+
+
+def choice(options: Sequence[Any], /, **named: Any) -> None:
+    """Values that are among the options."""
+    listed = ", ".join(repr(option) for option in options)
+    for name, value in named.items():
+        # The type first: `tensor in options` would compare elementwise.
+        if not isinstance(value, tuple({type(option) for option in options})):
+            raise InvalidType(f"expected `{name}` to be one of {listed}, got {got(value)}")
+        if value not in options:
+            raise InvalidValue(f"expected `{name}` to be one of {listed}, got {value!r}")
+
+
+def instance(kind: type, /, **named: Any) -> None:
+    """Instances of a class; the error names it with its article."""
+    article = "an" if kind.__name__[0] in "aeiouAEIOU" else "a"
+    for name, value in named.items():
+        if not isinstance(value, kind):
+            raise InvalidType(
+                f"expected `{name}` to be {article} {kind.__name__}, got {got(value)}"
+            )
+
+
+def callable_(**named: Any) -> None:
+    """Callables."""
+    for name, value in named.items():
+        if not callable(value):
+            raise InvalidType(f"expected `{name}` to be callable, got {got(value)}")
+
+
+def pair(low: float = -math.inf, /, **named: Any) -> None:
+    """Pairs of numbers from `low` on, the second no smaller than the first."""
+    for name, value in named.items():
+        if not isinstance(value, (tuple, list)):
+            raise InvalidType(f"expected `{name}` to be a pair (low, high), got {got(value)}")
+        if len(value) != 2:
+            raise InvalidValue(f"expected `{name}` to be a pair (low, high), got {got(value)}")
+        real(low, **{f"{name}[{i}]": each for i, each in enumerate(value)})
+        if value[0] > value[1]:
+            raise InvalidValue(
+                f"expected `{name}` with low <= high, got ({value[0]:g}, {value[1]:g})"
+            )
+
+
+def strings(count: int | None = None, /, **named: Any) -> None:
+    """Lists of strings, of `count` if it is given."""
+    for name, value in named.items():
+        sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        if not sequence or not all(isinstance(each, str) for each in value):
+            raise InvalidType(f"expected `{name}` as a list of strings, got {got(value)}")
+        if count is not None and len(value) != count:
+            raise InvalidValue(f"expected {count} `{name}`, got {len(value)}")
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a path made of a str or a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidType(f"expected `{name}` to be a str or a Path, got {got(value)}")
+    return Path(value)
+
+
+def keys(names: Iterable[str], /, **named: Any) -> None:
+    """Mappings with exactly these keys."""
+    wanted = set(names)
+    for name, value in named.items():
+        if not isinstance(value, Mapping):
+            raise InvalidType(f"expected `{name}` as a dict, got {got(value)}")
+        missing, more = sorted(wanted - set(value)), sorted(map(str, set(value) - wanted))
+        if missing or more:
+            came = [f"none of {missing}"] * bool(missing) + [f"also {more}"] * bool(more)
+            raise InvalidValue(f"expected `{name}` with its own names, got {' and '.join(came)}")

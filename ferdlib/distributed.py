@@ -1,0 +1,230 @@
+"""The processes of `torch.distributed`: who this one is, and what they compute together.
+
+The only module that knows of processes. The trainer, synthesis, methods and recipes use it; a primitive that
+needs a sum over processes takes a function for it. Without `torch.distributed` there is one process, and
+everything here returns what it was given.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import inspect
+import os
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.data import Dataset, Subset
+
+from ferdlib._checks import InvalidType, InvalidValue, got, public
+
+__all__ = ["Ranks", "first_ahead", "gather", "join", "share", "sum_over_ranks"]
+
+# A process that waits for another one longer than this ends the job.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: number of processes, 1 without `torch.distributed`.
+
+    Example:
+        >>> Ranks.here().first, Ranks(rank=1, size=2).part(torch.arange(5))
+        (True, tensor([1, 3]))
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def here() -> Ranks:
+        """Read rank and size from `torch.distributed`, if it was initialised."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return Ranks()
+        return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, name: str, count: int) -> int:
+        """Divide a number that must divide evenly."""
+        if count % self.size:
+            raise InvalidValue(
+                f"expected `{name}` to be a multiple of the {self.size} processes, got {count}"
+            )
+        return count // self.size
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Take this rank's rows, strided."""
+        return rows[self.rank :: self.size]
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """All-gather equally many rows per rank, interleaved; `part` is its inverse.
+
+        The first rows of all come first: what is in order of age stays so, whatever the number of processes.
+        """
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over processes; a new tensor without a gradient."""
+        if self.size == 1:
+            return value.detach().clone()
+        # NCCL sums on the GPU only.
+        device = "cuda" if distributed.get_backend() == "nccl" else value.device
+        sent = value.detach().to(device, copy=True)
+        distributed.all_reduce(sent)
+        return sent.to(value.device)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over processes; a new tensor without a gradient."""
+        return self.total(value) / self.size
+
+    def everywhere(self, flags: Tensor) -> Tensor:
+        """Flags that are set on every process."""
+        return self.total((~flags).int()) == 0
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set on some process; all of them must ask."""
+        return bool(self.total(torch.tensor(int(flag)))) if self.size > 1 else flag
+
+    def add_to(self, mean: Any) -> None:
+        """Add up sums and counts of a `reweight.ClassMean` over all processes."""
+        if self.size > 1:
+            mean.sums, mean.counts = self.total(mean.sums), self.total(mean.counts)
+
+    def reseed(self, own: torch.Generator, shared: torch.Generator) -> None:
+        """Seed this rank's own generator from one that is in the same state on all ranks.
+
+        A single process has one generator for both, which is left alone.
+        """
+        if self.size > 1:
+            seed = int(torch.randint(2**62, (), generator=shared, device=shared.device))
+            own.manual_seed(seed + self.rank)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Wrap a model so that its gradients are means over processes.
+
+        On CUDA its BatchNorm layers become SyncBatchNorm; on a CPU each process normalises by its own
+        images, see `average_buffers`.
+        """
+        if self.size == 1:
+            return model
+        device = next(model.parameters()).device
+        devices = None
+        if device.type == "cuda":
+            devices, model = [device], nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Buffers are averaged once per epoch: a broadcast at each forward would write to what a backward reads.
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        settings: dict[str, Any] = {"device_ids": devices, option: False}
+        return nn.parallel.DistributedDataParallel(model, **settings)
+
+    @torch.no_grad()
+    def average_buffers(self, model: nn.Module) -> None:
+        """Average floating-point buffers, BatchNorm's running statistics among them, over processes."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.mean(buffer))
+
+
+class _Sum(torch.autograd.Function):
+    """A sum whose gradient is the sum of the gradients that all processes ask for."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum over processes, with gradients.
+
+    Example:
+        >>> sum_over_ranks(torch.ones(2))  # one process
+        tensor([1., 1.])
+    """
+    if Ranks.here().size == 1:
+        return value
+    total: Tensor = _Sum.apply(value)
+    return total
+
+
+def join(device: str) -> str:
+    """Meet the other processes, if torchrun has started this one, and return the device of this one.
+
+    NCCL on CUDA, gloo elsewhere.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    distributed.init_process_group(backend, timeout=TIMEOUT)
+    atexit.register(distributed.destroy_process_group)
+    return device
+
+
+@contextmanager
+def first_ahead(fetching: bool = True) -> Iterator[None]:
+    """Run the block on the first process before the others: what it downloads is there for them."""
+    ranks = Ranks.here()
+    waiting = fetching and ranks.size > 1
+    if waiting and not ranks.first:
+        distributed.barrier()
+    yield
+    if waiting and ranks.first:
+        distributed.barrier()
+
+
+@public
+def share(data: Dataset[Any]) -> Dataset[Any]:
+    """Take this process's share of a data set: every n-th sample from its rank on, of n processes.
+
+    Raises:
+        TypeError: `data` is not a data set of known length.
+
+    Example:
+        >>> len(share(torch.utils.data.TensorDataset(torch.rand(4, 1))))
+        4
+    """
+    if not isinstance(data, Dataset) or not isinstance(data, Sized):
+        raise InvalidType(f"expected `data` to be a Dataset with a length, got {got(data)}")
+    ranks = Ranks.here()
+    return data if ranks.size == 1 else Subset(data, range(ranks.rank, len(data), ranks.size))
+
+
+def gather(value: Any) -> list[Any]:
+    """Collect a picklable object of each process, in order of rank; every process must call it.
+
+    Example:
+        >>> gather("a report")
+        ['a report']
+    """
+    ranks = Ranks.here()
+    parts: list[Any] = [value] * ranks.size
+    if ranks.size > 1:
+        distributed.all_gather_object(parts, value)
+    return parts
