@@ -1,8 +1,13 @@
-"""What the tests share: one thread for tiny tensors, and a small network with BatchNorm."""
+"""Fixtures of all tests: one thread for tiny tensors, and a small network with BatchNorm."""
 
-import pytest
-import torch
-from torch import nn
+import os
+
+# Before torch is imported, and for the programs that tests start: workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 torch.set_num_threads(1)
 
