@@ -5,9 +5,9 @@ import os
 # Before torch is imported, and for the programs that tests start: workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import pytest
+import torch
+from torch import nn
 
 torch.set_num_threads(1)
 
