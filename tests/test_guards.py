@@ -11,7 +11,6 @@ import torch
 from test_trainer import make_trainer
 from tiny_ferd import Recorder
 
-from ferdlib.augment import Crops
 from ferdlib.synthesis import ImagePool
 from ferdlib.synthesis.health import first_bad, is_finite
 from ferdlib.trainer.stats import CollapseMonitor, EpochStats
@@ -244,7 +243,7 @@ def bound(config, capacity):
     pixels = math.prod(config.image_shape)
     image = pixels * (1 if config.pool_dtype == "uint8" else 4) + 8
     logits = 4 * config.num_classes
-    return capacity * (image + logits * (1 + Crops.count(config.crop_padding)) + 4 * pixels)
+    return capacity * (image + logits + 4 * pixels)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
@@ -253,7 +252,6 @@ def bound(config, capacity):
     [
         {},
         {"augment": "none", "random_start": None, "attack_model": "teacher"},
-        {"cache_teacher_logits": "crops"},
     ],
 )
 def test_a_capacity_bounds_the_memory_of_every_column(changes, dtype):

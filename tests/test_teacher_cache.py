@@ -8,7 +8,6 @@ from tiny_ferd import SIZES, make_models
 from tiny_ferd import make_trainer as tiny_trainer
 
 from ferdlib.attacks import utae_pgd
-from ferdlib.augment import Crops
 from ferdlib.methods import create
 from ferdlib.models import FrozenModel
 from ferdlib.trainer import FERDConfig, FERDTrainer
@@ -78,17 +77,9 @@ def test_columns_belong_to_their_images(dtype):
         ("paper", {"random_start": "normal"}, {"logits"}),
         ("paper", {"attack_model": "student"}, {"logits"}),
         ("paper", {"augment": "crop"}, set()),
-        ("paper", {"augment": "crop", "cache_teacher_utae": "joint"}, {"examples"}),
-        (
-            "paper",
-            {"random_start": "normal", "cache_teacher_utae": "joint"},
-            {"logits", "examples"},
-        ),
         ("paper", {"attack": lambda student, x, y: x}, {"logits"}),
         ("paper", OFF, set()),
         ("released", {}, set()),
-        ("released", {"cache_teacher_logits": "crops"}, {"crop_logits"}),
-        ("released", {"cache_teacher_utae": "joint"}, set()),
         ("released", {"augment": "none"}, {"logits"}),
     ],
 )
@@ -96,47 +87,6 @@ def test_what_is_kept(preset, changes, kept):
     trainer = make_trainer(preset, **changes)
     trainer.synthesize()
     assert set(trainer.pool.state_dict()["columns"]) - {"images", "labels"} == kept
-
-
-@pytest.mark.parametrize("augment", ["crop_flip", "crop"])
-def test_crops_are_remembered(augment):
-    settings = {
-        "augment": augment,
-        "warmup_epochs": 1,
-        "fold_batchnorm": False,
-        "student_steps": 40,
-    }
-    expected, before = student_losses(make_trainer("released", **settings))
-    trainer = make_trainer("released", cache_teacher_logits="crops", **settings)
-    found, after = student_losses(trainer)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
-    table = trainer.pool.column("crop_logits")
-    known = ~table.isnan().any(dim=2)
-    assert (before, after) == (2 * 40 * 12, int(known.sum()))  # each once
-    assert after < before * 0.7
-    x, _ = trainer.pool[torch.arange(len(trainer.pool))]
-    for top, left, mirrored in ((0, 0, False), (1, 2, False), (2, 1, augment == "crop_flip")):
-        one = torch.ones(len(x), dtype=torch.int64)
-        crops = Crops(top * one, left * one, one.bool() & mirrored, padding=1)
-        number = int(crops.number[0])
-        logits = trainer.teacher.eval()(crops(x))
-        assert bool(known[:, number].any())
-        assert torch.allclose(table[known[:, number], number], logits[known[:, number]], atol=1e-5)
-
-
-def test_joint_examples_are_augmented_with_their_images():
-    trainer = make_trainer(augment="crop_flip", cache_teacher_utae="joint", student_lr=1e-9)
-    trainer.synthesize()
-    seen, plain = [], trainer.method.loss
-    trainer.method.loss = lambda s, x, x_adv, y: seen.append((x, x_adv)) or plain(s, x, x_adv, y)
-    trainer.distill_step()
-    ((x, x_adv),) = seen
-    assert 1e-3 < float((x_adv - x).abs().max()) <= 8 / 255 + 1e-6
-    padded = x.abs().sum(dim=(1, 2)) == 0  # columns of zeros that the crop brought in
-    assert bool(padded.any())
-    assert (
-        float(x_adv.abs().sum(dim=(1, 2))[padded].max()) == 0
-    )  # which an attack would have changed
 
 
 def test_resuming_with_columns_equals_not_stopping():

@@ -1,13 +1,69 @@
-"""Every choice that FERD's paper and its release leave open or make differently, as one value."""
+"""FERD's settings: every choice that its paper and its release leave open or make differently.
+
+Needs no torch, so that a command line can build its options from it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _arguments
+from ferdlib._arguments import InvalidValue, public
 
-# Whatever may be tuned among the defaults is written out, so that no preset moves with it.
+Selection = Literal["batch", "sample", "last"]
+LabelSampling = Literal["multinomial", "stratified"]
+AdversarialLoss = Literal["kl", "masked_kl", "decoupled_kl"]
+BatchNormModels = Literal["teacher", "both"]
+Noise = Literal["channel", "element"]
+Reduction = Literal["mean", "sum"]
+Threshold = Literal["sample", "batch", "channel"]
+Schedule = Literal["cosine", "constant"]
+AttackModel = Literal["student", "teacher"]
+Reweighting = Literal[
+    "none",
+    "margin_softmax",
+    "margin_minmax",
+    "lps_power",
+    "lps_linear",
+    "lps_sigmoid",
+    "lps_tanh",
+]
+MarginLabels = Literal["sampled", "teacher"]
+MarginOn = Literal["logits", "probabilities"]
+MarginImages = Literal["stored", "last"]
+AbsentClasses = Literal["previous", "neutral", "zero"]
+Augment = Literal["crop_flip", "crop", "none"]
+PoolDtype = Literal["float32", "uint8"]
+CachedLogits = Literal["images", "none"]
+CachedExamples = Literal["exact", "none"]
+Precision = Literal["float32", "bfloat16"]
+
+# The options of each field that takes one of several names.
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "selection": get_args(Selection),
+    "label_sampling": get_args(LabelSampling),
+    "adversarial_loss": get_args(AdversarialLoss),
+    "bn_models": get_args(BatchNormModels),
+    "bottleneck_noise": get_args(Noise),
+    "bottleneck_reduction": get_args(Reduction),
+    "mask_threshold": get_args(Threshold),
+    "schedule": get_args(Schedule),
+    "attack_model": get_args(AttackModel),
+    "random_start": ("uniform", "normal", None),
+    "reweighting": get_args(Reweighting),
+    "margin_labels": get_args(MarginLabels),
+    "margin_on": get_args(MarginOn),
+    "margin_images": get_args(MarginImages),
+    "absent_classes": get_args(AbsentClasses),
+    "augment": get_args(Augment),
+    "pool_dtype": get_args(PoolDtype),
+    "cache_teacher_logits": get_args(CachedLogits),
+    "cache_teacher_utae": get_args(CachedExamples),
+    "precision": get_args(Precision),
+}
+
+# A preset writes out every field that is tuned among the defaults, so that it does not move with them.
 PAPER: dict[str, Any] = {
     "warmup_epochs": 0,
     "optimise_latents": False,
@@ -58,39 +114,30 @@ RELEASED: dict[str, Any] = {
 }
 
 
-# What its numbers are beside at least 0.
-_LIMITS: dict[str, dict[str, Any]] = {
-    "num_classes": {"low": 2},
-    **{key: {"low": 1} for key in ("epochs", "batch_size", "generator_steps", "generator_width")},
-    **{key: {"low": 1} for key in ("latent_dim", "margin_attack_steps", "pool_capacity")},
-    **{key: {"open_low": True} for key in ("generator_lr", "latent_lr", "bottleneck_lr")},
-    **{key: {"open_low": True} for key in ("student_lr", "reweight_temperature")},
-    **{key: {"high": 1.0} for key in ("momentum", "margin_ema")},
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FERDConfig:
-    """FERD's settings. `FERDConfig.paper()` is the text to the letter, `FERDConfig.released()` what the
-    public code computes (its crashes excepted), and the defaults are the readings that did best where
-    they were measured (docs/results.md), at the paper's CIFAR-10 sizes. Every value is checked, and
-    errors name the field.
+    """FERD's settings, each with its symbol and its place in the paper.
+
+    `FERDConfig.paper()` is the text to the letter, `FERDConfig.released()` what the public code computes
+    (its crashes excepted). The defaults are the readings that did best where they were measured
+    (docs/results.md), at the paper's CIFAR-10 sizes.
 
     Raises:
         TypeError: a field of the wrong type.
         ValueError: a field out of range, or fields that contradict each other.
 
     Example:
-        >>> FERDConfig(num_classes=10, layer="layer4").clean_weight
-        0.8333333333333334
+        >>> FERDConfig(num_classes=10, layer="layer4").epochs
+        220
         >>> FERDConfig.paper(num_classes=10, layer="layer4").attack_model
         'teacher'
     """
 
     num_classes: int
     """K, the number of classes. Paper: C."""
-    layer: str
-    """The teacher's layer that the bottleneck reads, see `bottleneck.split_at`. Paper: l, section 5.1, Table 9."""
+    layer: str | None = None
+    """The teacher's layer that the bottleneck reads, see `bottleneck.split_at`; needed for FERD's own source, and
+    by no other. Paper: l, section 5.1, Table 9."""
     image_shape: tuple[int, int, int] = (3, 32, 32)
     """(C, H, W) of the synthetic images in pixels; H and W divisible by 4. Paper: 3x32x32, 3x64x64."""
     epochs: int = 220
@@ -116,10 +163,10 @@ class FERDConfig:
     """Start each epoch from fresh generator weights. Paper: initialised once, Algorithm 1; release: True."""
     conditional_generator: bool = False
     """Feed the labels to the generator. Paper: g(z, y) in Algorithm 1; the release's is g(z)."""
-    selection: Literal["batch", "sample", "last"] = "batch"
-    """Which images of an epoch are stored, see `synthesis.Inversion`. Paper: select, undefined."""
-    label_sampling: Literal["multinomial", "stratified"] = "multinomial"
-    """How labels are drawn from p. Paper: y ~ p."""
+    selection: Selection = "batch"
+    """The images of an epoch that are stored, see `synthesis.Inversion`. Paper: select, undefined."""
+    label_sampling: LabelSampling = "multinomial"
+    """Method of drawing labels from p. Paper: y ~ p."""
 
     adv_loss_weight: float = 1.0
     """Weight of L_adv. Paper: lambda_adv, Eq. 9."""
@@ -129,12 +176,12 @@ class FERDConfig:
     """Weight of L_oh. Paper: lambda_oh, Eq. 9."""
     uniformity_loss_weight: float = 0.0
     """Weight of L_uni; 0 is no fairness-aware examples. Paper and release: lambda_uni = 5, Eq. 9."""
-    adversarial_loss: Literal["kl", "masked_kl", "decoupled_kl"] = "kl"
-    """What L_adv grows. Paper: KL(f^T, f^S), Eq. 8; the release's is a decoupled KL."""
+    adversarial_loss: AdversarialLoss = "kl"
+    """Divergence of student and teacher that L_adv grows. Paper: KL(f^T, f^S), Eq. 8; release: decoupled KL."""
     adversarial_warmup: bool = True
-    """Whether L_adv counts in warm-up, against an untrained student. Release: yes; Fast: no."""
-    bn_models: Literal["teacher", "both"] = "teacher"
-    """Whose BatchNorm statistics L_bn reads. Paper: teacher and student; release: teacher."""
+    """Let L_adv count in warm-up, against an untrained student. Release: yes; Fast: no."""
+    bn_models: BatchNormModels = "teacher"
+    """Models whose BatchNorm statistics L_bn reads. Paper: teacher and student; release: teacher."""
 
     bottleneck_beta: float = 0.3
     """Weight of the noise regulariser. Paper: beta, Eq. 5, no value given; Kim et al. and release: 0.3."""
@@ -142,11 +189,11 @@ class FERDConfig:
     """Adam steps on the noise scales. Not in the paper; Kim et al.: 200."""
     bottleneck_lr: float = 0.1
     """Adam's rate for them. Not in the paper."""
-    bottleneck_noise: Literal["channel", "element"] = "channel"
+    bottleneck_noise: Noise = "channel"
     """One noise draw per channel or per element. Paper: epsilon ~ N(0, I), Eq. 4."""
-    bottleneck_reduction: Literal["mean", "sum"] = "mean"
+    bottleneck_reduction: Reduction = "mean"
     """The regulariser over channels. Paper: the sum, Eq. 5; release: half the mean."""
-    mask_threshold: Literal["sample", "batch", "channel"] = "channel"
+    mask_threshold: Threshold = "channel"
     """The limit of Eq. 6, see `bottleneck.nonrobust_channels`. Paper: sample; release: batch."""
 
     student_steps: int = 400
@@ -157,56 +204,49 @@ class FERDConfig:
     """SGD's momentum. Paper: section 5.1."""
     weight_decay: float = 5e-4
     """SGD's weight decay. Paper: section 5.1."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """The student's rate over epochs; cosine ends at 0. Paper: only "initial value"; release: cosine."""
     schedule_warmup: bool = True
-    """Whether the cosine runs through the warm-up epochs too. Release: yes; Fast: no."""
+    """Let the cosine run through the warm-up epochs too. Release: yes; Fast: no."""
     clean_weight: float = 5 / 6
     """Weight of the clean term. Paper: lambda_1, Eq. 11; RSLAD's is 1/6."""
     adv_weight: float = 1 / 6
     """Weight of the adversarial term. Paper: lambda_2, Eq. 11; RSLAD's is 5/6."""
 
-    attack_model: Literal["student", "teacher"] = "student"
-    """Whose adversarial examples the student learns from. Paper: f^T, Eq. 10; release: the student's."""
+    attack_model: AttackModel = "student"
+    """Model that is attacked for the student's examples. Paper: f^T, Eq. 10; release: the student."""
     gamma: float = 0.5
     """Weight of the uniform target. Paper: gamma, Eq. 10; the release computes 0."""
     eps: float = 8 / 255
-    """Radius, in units of [0, 1] pixels. Paper: A.8."""
+    """Radius, in units of [0, 1] pixels. Paper: no value; release: 8/255."""
     step_size: float = 2 / 255
-    """Step of the attacks, same units. Paper: alpha, A.8."""
+    """Step of the attacks, same units. Paper: alpha, Eq. 10, no value (A.8 gives the compared methods 2/255);
+    release: 2/255."""
     attack_steps: int = 10
-    """Steps of the training attack. Paper: A.8."""
+    """Steps of the training attack. Paper: no value (A.8 gives the compared methods 10); release: 10."""
     random_start: Literal["uniform", "normal"] | None = "normal"
     """Start of the training attack, see `attacks.pgd`. Paper: x itself; release: 0.001 N(0, 1)."""
 
-    reweighting: Literal[
-        "none",
-        "margin_softmax",
-        "margin_minmax",
-        "lps_power",
-        "lps_linear",
-        "lps_sigmoid",
-        "lps_tanh",
-    ] = "margin_softmax"
+    reweighting: Reweighting = "margin_softmax"
     """Class statistic to class probabilities, see `reweight`. Paper: softmax of -margin; A.6 has the lps_*."""
     reweight_temperature: float = 1.0
     """Temperature of margin_softmax. Paper: none."""
     class_floor: float | None = None
     """Least probability of a class under margin_softmax; None is 0.5 / K. Paper: 0."""
-    margin_labels: Literal["sampled", "teacher"] = "teacher"
-    """What the margin is taken against: the label that was drawn, or what the teacher sees. Paper: y_i."""
-    margin_on: Literal["logits", "probabilities"] = "logits"
-    """What Eq. 1 calls confidence. Release: logits."""
-    margin_images: Literal["stored", "last"] = "stored"
+    margin_labels: MarginLabels = "teacher"
+    """Label of the margin: the one that was drawn, or the class that the teacher sees. Paper: y_i."""
+    margin_on: MarginOn = "logits"
+    """Scale of the margin, which Eq. 1 calls confidence. Release: logits."""
+    margin_images: MarginImages = "stored"
     """The stored batch, or the last augmented iterate (release)."""
     margin_attack_steps: int = 20
     """Steps of the PGD attack on the teacher, from a uniform start. Paper: PGD-20, section 4.2."""
     margin_ema: float = 0.9
     """Share of the last epoch's class statistic that is kept. Paper: none, so p follows a single batch."""
-    absent_classes: Literal["previous", "neutral", "zero"] = "previous"
+    absent_classes: AbsentClasses = "previous"
     """A class without samples keeps its last statistic, takes the mean of the others, or 0 (release)."""
 
-    augment: Literal["crop_flip", "crop", "none"] = "crop_flip"
+    augment: Augment = "crop_flip"
     """Augmentation of the student's batches. Not in the paper; release: crop and flip."""
     augment_synthesis: bool = True
     """The same augmentation before the generator's losses. Not in the paper; release: yes."""
@@ -214,54 +254,96 @@ class FERDConfig:
     """Zeros around an image before it is cropped, in pixels. Release: 4."""
     pool_capacity: int | None = None
     """Most images to keep; None keeps all. Paper: D grows."""
-    pool_dtype: Literal["float32", "uint8"] = "float32"
-    """How images are kept; uint8 rounds to 1/255. Release: float32."""
-    cache_teacher_logits: Literal["images", "crops", "none"] = "images"
-    """Teacher logits computed once per stored image, where nothing augments it; with "crops" also once per crop
-    and flip of an image. Papers: every time."""
-    cache_teacher_utae: Literal["exact", "joint", "none"] = "exact"
-    """Examples made on the teacher once per stored image, where that is exact: no augmentation, no random start;
-    "joint": always, and images and examples are augmented together: weaker ones. Paper: every time."""
+    pool_dtype: PoolDtype = "float32"
+    """Type of the images in memory; uint8 rounds to 1/255. Release: float32."""
+    cache_teacher_logits: CachedLogits = "images"
+    """Compute the teacher's logits once per stored "images", where nothing augments them. Paper: every time."""
+    cache_teacher_utae: CachedExamples = "exact"
+    """Attack the teacher once per stored image, where that is exact: no augmentation, no random start.
+    Paper: every time."""
     fold_batchnorm: bool = True
-    """Attack copies of teacher and student with BatchNorm folded; logits differ by about 1e-6. Papers: no."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    """Attack copies of teacher and student with BatchNorm folded; logits differ by about 1e-6. Paper: no."""
+    precision: Precision = "float32"
     """bfloat16 runs the models under autocast; losses stay in float32. Release: float32."""
 
+    @public
     def __post_init__(self) -> None:
-        _checks.settings("FERDConfig", self, **_LIMITS)
+        _arguments.integer(2, num_classes=self.num_classes)
+        _arguments.integer(
+            1,
+            **self._named("epochs", "batch_size", "generator_steps", "generator_width"),
+            **self._named("latent_dim", "margin_attack_steps"),
+        )
+        _arguments.integer(
+            0,
+            **self._named("warmup_epochs", "bottleneck_steps", "student_steps", "attack_steps"),
+            crop_padding=self.crop_padding,
+        )
+        _arguments.positive(
+            **self._named("generator_lr", "latent_lr", "bottleneck_lr", "student_lr"),
+            reweight_temperature=self.reweight_temperature,
+        )
+        _arguments.real(
+            0,
+            **self._named("adv_loss_weight", "bn_loss_weight", "onehot_loss_weight"),
+            **self._named("uniformity_loss_weight", "clean_weight", "adv_weight"),
+            **self._named("bottleneck_beta", "weight_decay", "gamma", "eps", "step_size"),
+        )
+        _arguments.real(0, 1, momentum=self.momentum, margin_ema=self.margin_ema)
+        _arguments.instance(
+            bool,
+            **self._named("optimise_latents", "reset_generator", "conditional_generator"),
+            **self._named("adversarial_warmup", "schedule_warmup", "augment_synthesis"),
+            fold_batchnorm=self.fold_batchnorm,
+        )
+        for name, options in _OPTIONS.items():
+            _arguments.choice(options, **self._named(name))
+        if self.layer is not None:
+            _arguments.instance(str, layer=self.layer)
+        if self.pool_capacity is not None:
+            _arguments.integer(1, pool_capacity=self.pool_capacity)
+        self._check_shape()
+        self._check_together()
+
+    def _named(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def _check_shape(self) -> None:
         shape = self.image_shape
         sides = shape if isinstance(shape, tuple) and len(shape) == 3 else (0, 0, 0)
         if not all(isinstance(s, int) and s > 0 for s in sides) or sides[1] % 4 or sides[2] % 4:
-            raise ValueError(
-                "FERDConfig: expected `image_shape` (C, H, W) of positive integers, H and W divisible by 4, "
-                f"got {shape!r}"
+            raise InvalidValue(
+                f"expected `image_shape` (C, H, W) of positive integers, H and W divisible by 4, got {shape!r}"
             )
+
+    def _check_together(self) -> None:
+        """Refuse values that contradict each other."""
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"FERDConfig: expected `warmup_epochs` below `epochs` {self.epochs}, got "
-                f"{self.warmup_epochs}"
+            raise InvalidValue(
+                f"expected `warmup_epochs` below `epochs` {self.epochs}, got {self.warmup_epochs}"
             )
         if self.margin_ema == 1:
-            raise ValueError(
-                "FERDConfig: expected `margin_ema` below 1, got 1: nothing would be learnt"
+            raise InvalidValue("expected `margin_ema` below 1, got 1: nothing would be learnt")
+        floor = self.class_floor
+        if floor is None:
+            return
+        _arguments.real(0, class_floor=floor)
+        if floor >= 1 / self.num_classes:
+            raise InvalidValue(
+                f"expected `class_floor` below 1 / num_classes = {1 / self.num_classes:g}, got {floor:g}"
             )
-        if self.class_floor is not None and self.class_floor >= 1 / self.num_classes:
-            raise ValueError(
-                f"FERDConfig: expected `class_floor` below 1 / num_classes = "
-                f"{1 / self.num_classes:g}, got {self.class_floor:g}"
-            )
-        if self.class_floor and self.reweighting != "margin_softmax":
-            raise ValueError(
-                f"FERDConfig: expected `class_floor` with reweighting 'margin_softmax' only, got "
-                f"{self.class_floor:g} with {self.reweighting!r}"
+        if floor and self.reweighting != "margin_softmax":
+            raise InvalidValue(
+                f"expected `class_floor` with reweighting 'margin_softmax' only, got {floor:g} with "
+                f"{self.reweighting!r}"
             )
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The paper's text to the letter. Keyword arguments replace single fields."""
+        """Return the paper's text to the letter; keyword arguments replace single fields."""
         return cls(**(PAPER | overrides))
 
     @classmethod
     def released(cls, **overrides: Any) -> Self:
-        """What the authors' public code computes. Keyword arguments replace single fields."""
+        """Return the settings of the authors' public code; keyword arguments replace single fields."""
         return cls(**(RELEASED | overrides))

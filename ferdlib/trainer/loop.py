@@ -245,7 +245,7 @@ class FERDTrainer:
             parts.precision(self.config, self.device),
             borrowed(self.student, training=training, freeze=False),
         ):
-            x_adv = self._cache.recall(index, crops, x)
+            x_adv = self._cache.recall(index, x)
             if x_adv is None:
                 x_adv = self._attack(self.student, x, y)
             loss = self.method.loss(self._parallel, x, x_adv, y).mean()

@@ -40,6 +40,8 @@ def inversion(
     ranks: Ranks,
 ) -> Inversion:
     """FERD's source of images."""
+    if config.layer is None:
+        raise ValueError("FERDTrainer: expected `config.layer` for FERD's own source, got None")
     features, head = split_at(teacher, config.layer)
     return Inversion(
         teacher=teacher,
