@@ -29,6 +29,10 @@ class InvalidState(RuntimeError):
     """A call at the wrong moment, or a model whose numbers are not finite."""
 
 
+class MissingFile(FileNotFoundError):
+    """A path that leads to no file."""
+
+
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a public function or method: errors about its arguments start with its name.
 
@@ -46,6 +50,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             raise ValueError(f"{_name(function, args)}: {error}") from error.__cause__
         except InvalidState as error:
             raise RuntimeError(f"{_name(function, args)}: {error}") from error.__cause__
+        except MissingFile as error:
+            raise FileNotFoundError(f"{_name(function, args)}: {error}") from error.__cause__
 
     return checked
 
@@ -158,6 +164,14 @@ def path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidType(f"expected `{name}` to be a str or a Path, got {got(value)}")
     return Path(value)
+
+
+def file(name: str, value: Any) -> Path:
+    """Return the path of a file that is there."""
+    found = path(name, value)
+    if not found.is_file():
+        raise MissingFile(f"expected `{name}` to be a file, got {str(found)!r}")
+    return found
 
 
 def keys(names: Iterable[str], /, **named: Any) -> None:

@@ -194,12 +194,8 @@ class Checkpoints:
             FileNotFoundError: no such file.
             ValueError: a file that cannot be read, or that `save` did not write.
         """
-        source = _checks.path("path", path)
+        source = _checks.file("path", path)
         name = repr(str(source))
-        if not source.is_file():
-            raise FileNotFoundError(
-                f"Checkpoints.read: expected `path` of a checkpoint, got no file {name}"
-            )
         try:
             content = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's type of error depends on what is wrong with the file
