@@ -82,7 +82,7 @@ class Args(Options):
     augment: Literal["auto", "crop_flip", "crop", "none"] = "auto"
     """auto: crop and flip; crop alone where mirrored images differ (svhn); nothing for digits."""
     student: str | None = None
-    """A name that ferdlib.models.create knows; None: small_cnn_16 for digits, else resnet18."""
+    """A name that ferdlib.models.build_model knows; None: small_cnn_16 for digits, else resnet18."""
     teacher: Path | None = None
     """Checkpoint of the robust teacher; None trains one in place (train_teacher.py has more options)."""
     natural_teacher: Path | None = None

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ferdlib import methods
 from ferdlib.evaluation import PROTOCOLS
 from ferdlib.methods import METHODS, MTARD, Adversarial, Distilled, Fair, FairAverage, recipe
-from ferdlib.models import create
+from ferdlib.models import build_model
 from ferdlib.trainer import Checkpoints
 from image_data import Images, chosen, load_splits, stratified
 from long_run import FREE, check, check_options, found
@@ -134,7 +134,7 @@ def begin(args: Args, data: Data, teachers: Mapping[str, nn.Module]) -> Run:
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
     noise = rng if count() == 1 else torch.Generator()
-    student = create(args.student, **data.sizes)
+    student = build_model(args.student, **data.sizes)
     for model in (student, *teachers.values()):
         model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
     method = methods.create(

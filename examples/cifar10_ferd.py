@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import train_teacher
 from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate, gather, share
-from ferdlib.models import create
+from ferdlib.models import build_model
 from ferdlib.models.checkpoint import PUBLISHED
 from ferdlib.plots import plot_images
 from ferdlib.trainer import Checkpoints, EpochStats, FERDConfig, FERDTrainer
@@ -71,7 +71,7 @@ class Args(Options):
     teacher_std: tuple[float, float, float] | None = None
     """Standard deviation of the same, same units."""
     student: str = "resnet18"
-    """Architecture of the student: resnet18, mobilenet_v2 or another name of ferdlib.models.create.
+    """Architecture of the student: resnet18, mobilenet_v2 or another name of ferdlib.models.build_model.
     Paper: f^S."""
     preset: Literal["default", "paper", "released"] = "default"
     """Where FERD's options come from that are not given: section 5.1 of the paper, its release, or ours."""
@@ -208,7 +208,7 @@ def prepare(args: Args) -> tuple[FERDTrainer, Dataset[Any], tuple[str, ...]]:
     tested = chosen(images, args.test_images, args.seed)
     teacher = load_teacher(args, images)
     torch.manual_seed(args.seed)
-    student = create(args.student, args.ferd.num_classes, in_channels=args.ferd.image_shape[0])
+    student = build_model(args.student, args.ferd.num_classes, in_channels=args.ferd.image_shape[0])
     if args.channels_last:
         teacher.to(memory_format=torch.channels_last)
         student.to(memory_format=torch.channels_last)

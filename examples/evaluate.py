@@ -54,7 +54,7 @@ class Args:
     checkpoint: Path | None = None
     """File with the weights of an architecture of ferdlib.models, or of RobustBench under its name there."""
     architecture: str | None = None
-    """A name that ferdlib.models.create knows, such as resnet18; not needed if the file or its name says it."""
+    """A name that ferdlib.models.build_model knows, such as resnet18; None: the file or its name says it."""
     factory: str | None = None
     """Instead of --checkpoint: package.module:function, imported from the current directory or the path and
     called without arguments for the model, from images in [0, 1] to logits."""

@@ -56,7 +56,7 @@ class Args:
     student: Path
     """Checkpoint with the weights, such as the student.pt or teacher.pt of the other examples."""
     architecture: str | None = None
-    """A name that ferdlib.models.create knows, such as resnet18; not needed if the file says it."""
+    """A name that ferdlib.models.build_model knows, such as resnet18; not needed if the file says it."""
     data: Source = "cifar10"
     """Test images: a torchvision data set, "folder" for root/test (or val), or scikit-learn's digits.
     Their height and width, in pixels, are what the exported files take."""

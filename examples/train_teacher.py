@@ -27,7 +27,7 @@ from ferdlib import losses
 from ferdlib.attacks import pgd, utae_pgd
 from ferdlib.augment import crop_flip
 from ferdlib.evaluation import PROTOCOLS, Protocol, evaluate
-from ferdlib.models import create
+from ferdlib.models import build_model
 from ferdlib.trainer import Checkpoints
 from files import write_model
 from image_data import AUGMENTATIONS, Images, Source, chosen, load_splits, stratified
@@ -46,7 +46,7 @@ class Args(Options):
     download: bool = False
     """Fetch the data if they are not there."""
     architecture: str = "resnet18"
-    """A name that ferdlib.models.create knows, such as wide_resnet_34_10 (the papers' teacher)."""
+    """A name that ferdlib.models.build_model knows, such as wide_resnet_34_10 (the papers' teacher)."""
     method: Literal["sat", "trades", "natural"] = "trades"
     """sat: cross-entropy on PGD examples (Madry); trades: plus a KL term (Zhang); natural: no attack."""
     beta: float = 6.0
@@ -91,7 +91,7 @@ class Training:
     def __init__(self, args: Args, images: Images) -> None:
         torch.manual_seed(args.seed)
         self.args, self.images = args, images
-        self.model = create(
+        self.model = build_model(
             args.architecture, len(images.class_names), in_channels=images.pixels.shape[1]
         ).to(args.device)
         if args.channels_last:

@@ -62,7 +62,7 @@ def _files(tmp_path_factory):
     """Where the paths of the matrix lead."""
     with contextlib.chdir(tmp_path_factory.mktemp("matrix")):
         content = {"architecture": "small_cnn_2", "in_channels": 2, "num_classes": 4}
-        weights = models.create("small_cnn_2", 4, in_channels=2).state_dict()
+        weights = models.build_model("small_cnn_2", 4, in_channels=2).state_dict()
         torch.save(content | {"state_dict": weights}, "student.pt")
         REPORT.save("report.json")
         trainer.Checkpoints("saved").save({"epoch": 1}, 1)

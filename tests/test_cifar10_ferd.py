@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ferdlib.evaluation import PROTOCOLS, RobustnessReport
-from ferdlib.models import create, load_checkpoint
+from ferdlib.models import build_model, load_checkpoint
 from ferdlib.trainer import Checkpoints, FERDConfig
 
 ROOT = Path(__file__).parents[1]
@@ -206,13 +206,13 @@ def error(result: subprocess.CompletedProcess[str]) -> str:
 def test_wrong_input_gets_one_sentence_and_nothing_is_written(images, teacher, tmp_path):
     out = tmp_path / "out"
     small = tmp_path / "wrn.pt"
-    torch.save(create("wide_resnet_10_1", 3).state_dict(), small)
+    torch.save(build_model("wide_resnet_10_1", 3).state_dict(), small)
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(small.read_bytes()[:5000])
     two = tmp_path / "two.pt"
-    torch.save(create("small_cnn_4", 2).state_dict(), two)
+    torch.save(build_model("small_cnn_4", 2).state_dict(), two)
     grey = tmp_path / "grey.pt"
-    weights = create("small_cnn_4", 3, in_channels=1).state_dict()
+    weights = build_model("small_cnn_4", 3, in_channels=1).state_dict()
     torch.save(
         {
             "architecture": "small_cnn_4",

@@ -10,7 +10,7 @@ from torchvision import models as zoo
 
 from ferdlib._modes import borrowed
 from ferdlib.attacks import pgd
-from ferdlib.models import Normalized, create, freeze_for_attack, small_cnn
+from ferdlib.models import Normalized, build_model, freeze_for_attack, small_cnn
 
 OURS = (
     "resnet18",
@@ -42,7 +42,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 def by_name(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     if name in OURS:
-        return used(create(name, 10)), torch.rand(3, 3, 32, 32)
+        return used(build_model(name, 10)), torch.rand(3, 3, 32, 32)
     return used(getattr(zoo, name)(weights=None, num_classes=10)), torch.rand(2, 3, 64, 64)
 
 

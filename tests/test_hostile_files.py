@@ -14,7 +14,7 @@ import torch
 import tyro
 
 import ferdlib
-from ferdlib.models import create, load_checkpoint, load_robustbench
+from ferdlib.models import build_model, load_checkpoint, load_robustbench
 from ferdlib.trainer import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def plant(path, marker, kind):
     if kind == "pickle":
         path.write_bytes(pickle.dumps(Hostile(marker)))
     else:
-        weights = create("small_cnn_4", 10, in_channels=1).state_dict()
+        weights = build_model("small_cnn_4", 10, in_channels=1).state_dict()
         content = {"format": 1, "step": 1, "state": {"a": Hostile(marker)}, "state_dict": weights}
         torch.save(content | {"architecture": "small_cnn_4"}, path)
     return path
@@ -135,7 +135,7 @@ def test_every_example_refuses_it(case, kind, examples, tmp_path, marker, monkey
         small = module.small_cnn(1, 10, width=module.TEACHER_WIDTH)
         monkeypatch.setattr(module, "train_teacher", lambda *_: small)
     model = tmp_path / "model.pt"
-    weights = create("small_cnn_2", 10, in_channels=1).state_dict()
+    weights = build_model("small_cnn_2", 10, in_channels=1).state_dict()
     sizes = {"architecture": "small_cnn_2", "num_classes": 10, "in_channels": 1}
     torch.save(sizes | {"state_dict": weights}, model)
     given = {"FILE": str(path), "MODEL": str(model)}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ferdlib.bottleneck import split_at
 from ferdlib.models import (
-    create,
+    build_model,
     mobilenet_v2,
     preact_resnet18,
     preact_resnet34,
@@ -46,14 +46,14 @@ def parameters(model):
 def meta(name, num_classes=10, **arguments):
     """The model without memory for its numbers, for what depends on shapes alone."""
     with torch.device("meta"):
-        return create(name, num_classes, **arguments)
+        return build_model(name, num_classes, **arguments)
 
 
 def trained(name, num_classes=10, dtype=torch.float32):
     """A model in eval mode whose BatchNorm layers differ by channel and fit its activations."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = create(name, num_classes)
+        model = build_model(name, num_classes)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.normal_(1, 0.3)
@@ -362,7 +362,9 @@ def test_defaults():
     with torch.device("meta"):
         assert parameters(wide_resnet()) == 46_160_474
         for make in PLAIN:
-            assert parameters(make()) == parameters(make(10)) == parameters(create(make.__name__))
+            assert (
+                parameters(make()) == parameters(make(10)) == parameters(build_model(make.__name__))
+            )
 
 
 @pytest.mark.parametrize(
@@ -376,7 +378,7 @@ def test_defaults():
 )
 def test_convolutions_start_with_variance_2_over_fan_out(name, layer):
     torch.manual_seed(0)
-    conv = create(name).get_submodule(layer)
+    conv = build_model(name).get_submodule(layer)
     # He et al. 2015; the relative error of a standard deviation of n draws is 1 / sqrt(2 n).
     tolerance = 4 / math.sqrt(2 * conv.weight.numel())
     expected = math.sqrt(2 / (9 * conv.out_channels))
@@ -408,15 +410,27 @@ def test_the_linear_layer_of_wide_resnet_starts_without_bias():
                 ("in_channels", 0, ValueError),
             )
         ),
-        (create, {"architecture": "resnet50"}, "create", "architecture", ValueError),
-        (create, {"architecture": "wide_resnet_34"}, "create", "architecture", ValueError),
-        (create, {"architecture": "wide_resnet_34_10 "}, "create", "architecture", ValueError),
-        (create, {"architecture": "small_cnn"}, "create", "architecture", ValueError),
-        (create, {"architecture": resnet18}, "create", "architecture", TypeError),
-        (create, {"architecture": "wide_resnet_35_10"}, "wide_resnet", "depth", ValueError),
-        (create, {"architecture": "small_cnn_0"}, "small_cnn", "width", ValueError),
+        (build_model, {"architecture": "resnet50"}, "build_model", "architecture", ValueError),
         (
-            lambda **k: create("resnet56", **k),
+            build_model,
+            {"architecture": "wide_resnet_34"},
+            "build_model",
+            "architecture",
+            ValueError,
+        ),
+        (
+            build_model,
+            {"architecture": "wide_resnet_34_10 "},
+            "build_model",
+            "architecture",
+            ValueError,
+        ),
+        (build_model, {"architecture": "small_cnn"}, "build_model", "architecture", ValueError),
+        (build_model, {"architecture": resnet18}, "build_model", "architecture", TypeError),
+        (build_model, {"architecture": "wide_resnet_35_10"}, "wide_resnet", "depth", ValueError),
+        (build_model, {"architecture": "small_cnn_0"}, "small_cnn", "width", ValueError),
+        (
+            lambda **k: build_model("resnet56", **k),
             {"num_classes": 0},
             "resnet56",
             "num_classes",

@@ -6,7 +6,7 @@ from torch import nn
 
 from ferdlib.attacks import pgd
 from ferdlib.bottleneck import split_at
-from ferdlib.models import Normalized, create, small_cnn
+from ferdlib.models import Normalized, build_model, small_cnn
 
 
 def seeded(seed=0):
@@ -48,7 +48,10 @@ def test_normalized_feature_layers_can_be_cut():
         features, head = split_at(model, name)
         assert torch.equal(head(features(x)), model(x))
     assert Normalized(nn.Identity(), [0.5], [0.25]).feature_layers == ()
-    model, x = Normalized(create("wide_resnet_10_1"), [0.5] * 3, [0.2] * 3), torch.rand(2, 3, 8, 8)
+    model, x = (
+        Normalized(build_model("wide_resnet_10_1"), [0.5] * 3, [0.2] * 3),
+        torch.rand(2, 3, 8, 8),
+    )
     features, head = split_at(model.eval(), "model.bn1")
     assert torch.equal(head(features(x)), model(x))
 

@@ -1,4 +1,4 @@
-"""Image classifiers for 8x8 to 64x64 inputs, where they can be cut, checkpoints, and fast copies."""
+"""Image classifiers for inputs of 8x8 to 64x64, their checkpoints, and fast copies for attacks."""
 
 from ferdlib.models.checkpoint import load_checkpoint, load_robustbench
 from ferdlib.models.cnn import SmallCNN, small_cnn
@@ -12,7 +12,7 @@ from ferdlib.models.preact import (
     preact_resnet34,
     wide_resnet,
 )
-from ferdlib.models.registry import create
+from ferdlib.models.registry import build_model, create
 from ferdlib.models.resnet import resnet18, resnet34, resnet56
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "PreActResNet",
     "SmallCNN",
     "WideResNet",
+    "build_model",
     "create",
     "freeze_for_attack",
     "load_checkpoint",

@@ -10,31 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.models.registry import build
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
+from ferdlib.models.registry import build_model
 
-# By the names under which RobustBench and TRADES publish them.
+# Architectures by the names under which RobustBench and TRADES publish their weights.
 PUBLISHED = {
     "Chen2024Data_WRN_34_10": "wide_resnet_34_10",
     "Zhang2019Theoretically": "wide_resnet_34_10",
     "model_cifar_wrn": "wide_resnet_34_10",
 }
-# Where a training script may have put the weights among other things.
+# Keys under which training scripts put the weights among other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "student")
-# What DataParallel, an outer module and torch.compile put before every name.
+# Prefixes that DataParallel, an outer module and torch.compile put before every name.
 PREFIXES = ("module.", "model.", "_orig_mod.")
-# Public implementations of one architecture that differ in names alone.
+# Names that differ between public implementations of one architecture.
 SYNONYMS = (("linear.", "fc."), ("shortcut.", "downsample."))
 # A copy of the first stage that TRADES' network has and its forward never runs.
 UNUSED = "sub_block1."
+# Names that an error lists before it counts the rest.
+MOST_LISTED = 6
 
 
+@public
 def load_robustbench(
     path: str | Path, *, name: str | None = None, num_classes: int = 10
 ) -> nn.Module:
-    """A published robust teacher from its file: RobustBench's `Chen2024Data_WRN_34_10`, or TRADES' WRN-34-10.
+    """Load a published robust teacher: RobustBench's `Chen2024Data_WRN_34_10`, or TRADES' WRN-34-10.
 
-    Takes images in [0, 1] without normalisation, as published. Nothing is downloaded, and nothing in
+    It takes images in [0, 1] without normalisation, as published. Nothing is downloaded, and nothing in
     the file is executed.
 
     Args:
@@ -49,25 +53,23 @@ def load_robustbench(
     Raises:
         FileNotFoundError: no such file.
         TypeError: arguments of another type.
-        ValueError: an unknown name, a truncated or unreadable file, one that holds more than weights, or
+        ValueError: an unknown name, a truncated or unreadable file, a file that holds more than weights, or
             weights of another architecture (missing and unexpected names are listed).
 
     Example:
         >>> import tempfile
-        >>> from ferdlib.models import create
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> path = Path(folder.name, "Chen2024Data_WRN_34_10.pt")
-        >>> torch.save(create("wide_resnet_34_10", 10).state_dict(), path)
-        >>> load_robustbench(path).training
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "Chen2024Data_WRN_34_10.pt")
+        ...     torch.save(build_model("wide_resnet_34_10", 10).state_dict(), path)
+        ...     load_robustbench(path).training
         False
-        >>> folder.cleanup()
     """
-    name = _checks.path("load_robustbench", "path", path).stem if name is None else name
-    _checks.integer("load_robustbench", "num_classes", num_classes, low=2)
-    _checks.choice("load_robustbench", "name", name, list(PUBLISHED))
-    return _load("load_robustbench", path, PUBLISHED[name], num_classes, in_channels=3)
+    name = _checks.path("path", path).stem if name is None else name
+    _checks.choice(list(PUBLISHED), name=name)
+    return _load(path, PUBLISHED[name], num_classes, in_channels=3)
 
 
+@public
 def load_checkpoint(
     path: str | Path,
     *,
@@ -75,20 +77,19 @@ def load_checkpoint(
     num_classes: int | None = None,
     in_channels: int | None = None,
 ) -> nn.Module:
-    """A model of a known architecture from a file with its weights.
+    """Load a model of a known architecture from a file with its weights.
 
     The weights may lie under "state_dict", "model_state_dict", "model", "net" or "student", carry the
     prefixes of DataParallel or torch.compile, and call the linear layer `linear` or `fc` and the
-    shortcuts `shortcut` or `downsample`. Nothing in the file is executed. Of a `Normalized` model the
-    weights alone are read: wrap what is returned in it again.
+    shortcuts `shortcut` or `downsample`. Nothing in the file is executed. A `Normalized` model's file
+    gives the model inside: wrap it again.
 
     Args:
         path: the file.
-        architecture: a name that `create` knows; None reads the file's own "architecture" entry, which
-            the example scripts write.
+        architecture: a name that `build_model` knows; None reads the file's own "architecture" entry.
         num_classes: K; None reads the file's own "num_classes" entry.
         in_channels: colour channels of the images; None reads the file's own "in_channels" entry, and
-            takes 3 where there is none.
+            takes 3 if there is none.
 
     Returns:
         The model in eval mode, on the CPU.
@@ -96,89 +97,73 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: no such file.
         TypeError: arguments of another type.
-        ValueError: a truncated or unreadable file, one that holds more than weights, one that does not
-            say its architecture or number of classes where neither is given, or weights of another architecture
+        ValueError: a truncated or unreadable file, a file that holds more than weights, an architecture or
+            number of classes that neither the caller nor the file gives, or weights of another architecture
             (missing and unexpected names are listed).
 
     Example:
         >>> import tempfile
-        >>> from ferdlib.models import create
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> path = Path(folder.name, "student.pt")
-        >>> weights = create("small_cnn_4", 3).state_dict()
-        >>> torch.save({"architecture": "small_cnn_4", "num_classes": 3, "state_dict": weights}, path)
-        >>> load_checkpoint(path)(torch.rand(2, 3, 8, 8)).shape
+        >>> content = {"state_dict": build_model("small_cnn_4", 3).state_dict()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(content, Path(folder, "student.pt"))
+        ...     path = Path(folder, "student.pt")
+        ...     model = load_checkpoint(path, architecture="small_cnn_4", num_classes=3)
+        >>> model(torch.rand(2, 3, 8, 8)).shape
         torch.Size([2, 3])
-        >>> folder.cleanup()
     """
-    return _load("load_checkpoint", path, architecture, num_classes, in_channels)
+    return _load(path, architecture, num_classes, in_channels)
 
 
 def _load(
-    function: str,
-    path: str | Path,
-    architecture: str | None,
-    num_classes: int | None,
-    in_channels: int | None,
+    path: str | Path, architecture: str | None, num_classes: int | None, in_channels: int | None
 ) -> nn.Module:
-    content = _read(function, path)
-    architecture = _entry(function, path, content, "architecture", architecture, str)
-    num_classes = _entry(function, path, content, "num_classes", num_classes, int)
-    in_channels = _entry(function, path, content, "in_channels", in_channels, int, missing=3)
-    _checks.integer(function, "num_classes", num_classes, low=2)
-    _checks.integer(function, "in_channels", in_channels, low=1)
-    model = build(function, architecture, num_classes, in_channels)
-    own = model.state_dict()
-    weights = _named_as(own, _weights(function, path, content))
-    _check_fit(function, path, architecture, own, weights)
-    model.load_state_dict(weights, strict=False)  # what may lack was checked
+    file = _checks.file("path", path)
+    content = _read(file)
+    # What the caller says goes before what the file says of itself.
+    own = content if isinstance(content, Mapping) else {}
+    architecture = _entry(own, "architecture", architecture, str, file)
+    num_classes = _entry(own, "num_classes", num_classes, int, file)
+    in_channels = _entry({"in_channels": 3, **own}, "in_channels", in_channels, int, file)
+    model = build_model(architecture, num_classes, in_channels=in_channels)
+    weights = _renamed(_weights(content, file), model.state_dict())
+    _check_fit(weights, model.state_dict(), architecture, file)
+    # Not strict, because files of torch before 0.4.1 have no count of batches.
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
-def _read(function: str, path: str | Path) -> Any:
-    if not _checks.path(function, "path", path).is_file():
-        raise FileNotFoundError(f"{function}: expected `path` to be a file, got {str(path)!r}")
+def _read(file: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's type of error depends on what is wrong with the file
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ValueError(
-                f"{function}: expected `path` to hold weights only, got {str(path)!r}, which holds objects "
-                f"that would need code to be executed; it was not loaded"
+            raise InvalidValue(
+                f"expected `path` to hold weights only, got {str(file)!r}, which holds objects that would "
+                f"need code to be executed; it was not loaded"
             ) from error
-        raise ValueError(
-            f"{function}: expected `path` to be a file that torch.save wrote, got {str(path)!r}, which "
-            f"cannot be read; is it complete?"
+        raise InvalidValue(
+            f"expected `path` to be a file that torch.save wrote, got {str(file)!r}, which cannot be read; "
+            f"is it complete?"
         ) from error
 
 
-def _entry(
-    function: str,
-    path: str | Path,
-    content: Any,
-    name: str,
-    given: Any,
-    kind: type,
-    missing: Any = None,
-) -> Any:
-    """What the caller gave, or what the file says of itself."""
-    if given is not None:
-        return given
-    found = content.get(name, missing) if isinstance(content, Mapping) else missing
-    if not isinstance(found, kind):
-        raise ValueError(
-            f"{function}: expected `{name}`, because the file {str(path)!r} does not say it, got None"
+def _entry(content: Mapping[Any, Any], name: str, given: Any, kind: type, file: Path) -> Any:
+    """Return the caller's value, or the file's."""
+    value = content.get(name) if given is None else given
+    if given is None and not isinstance(value, kind):
+        raise InvalidValue(
+            f"expected `{name}`, because the file {str(file)!r} does not say it, got None"
         )
-    return found
+    return value
 
 
-def _weights(function: str, path: str | Path, content: Any) -> dict[str, Tensor]:
-    """The state dict, out of its wrappers and without the prefixes that all names share."""
+def _weights(content: Any, file: Path) -> dict[str, Tensor]:
+    """Return the state dict without wrappers and without the prefixes that all names share."""
     found = _state_dict(content)
     if found is None:
-        raise ValueError(
-            f"{function}: expected `path` to hold a state dict, plain or under one of "
-            f"{', '.join(WRAPPERS)}, got {str(path)!r}, which holds none"
+        raise InvalidValue(
+            f"expected `path` to hold a state dict, plain or under one of {', '.join(WRAPPERS)}, got "
+            f"{str(file)!r}, which holds none"
         )
     weights = dict(found)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in weights)), None):
@@ -187,37 +172,35 @@ def _weights(function: str, path: str | Path, content: Any) -> dict[str, Tensor]
 
 
 def _state_dict(content: Any, wrappers: int = 3) -> Mapping[str, Tensor] | None:
-    """The first mapping of names to tensors under so many wrappers; a file's mapping may hold itself."""
+    """Return the first mapping of names to tensors that lies under at most so many wrappers."""
     if not isinstance(content, Mapping) or not content:
         return None
     if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         return content
+    # A mapping may hold itself, so the depth has an end.
     if wrappers == 0:
         return None
     inside = (_state_dict(content[key], wrappers - 1) for key in WRAPPERS if key in content)
     return next((found for found in inside if found is not None), None)
 
 
-def _named_as(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the model's names."""
+def _renamed(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's weights under the model's own names."""
     renamed = {}
     for key, value in weights.items():
-        candidates = [key] + [
+        synonyms = [
             key.replace(a, b) for pair in SYNONYMS for a, b in (pair, pair[::-1]) if a in key
         ]
-        # Where a file has both names, neither stands for the other.
-        name = next((c for c in candidates if c in own and (c == key or c not in weights)), key)
+        # If the file has both names, neither stands for the other: two answers to one question.
+        candidates = [key] + [name for name in synonyms if name not in weights]
+        name = next((each for each in candidates if each in own), key)
         if name in own or not name.startswith(UNUSED):
             renamed[name] = value
     return renamed
 
 
 def _check_fit(
-    function: str,
-    path: str | Path,
-    architecture: str,
-    own: dict[str, Tensor],
-    weights: dict[str, Tensor],
+    weights: dict[str, Tensor], own: dict[str, Tensor], architecture: str, file: Path
 ) -> None:
     missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in weights if k not in own]
@@ -229,12 +212,12 @@ def _check_fit(
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
     if listed:
-        raise ValueError(
-            f"{function}: expected `path` to hold the weights of a {architecture}, got {str(path)!r} "
-            f"with other ones; {listed}"
+        raise InvalidValue(
+            f"expected `path` to hold the weights of a {architecture}, got {str(file)!r} with other ones; "
+            f"{listed}"
         )
 
 
-def _some(names: list[str], most: int = 6) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+def _some(names: list[str]) -> str:
+    rest = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import public
 
 
 class SmallCNN(nn.Module):
@@ -34,8 +35,9 @@ class SmallCNN(nn.Module):
         return logits
 
 
+@public
 def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 32) -> SmallCNN:
-    """A small CNN for images of 8x8 pixels and up; the digits' teacher and student here.
+    """Build a small CNN for images of 8x8 pixels and up, such as the digits.
 
     Half the width is a quarter of the parameters.
 
@@ -55,15 +57,12 @@ def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 32) -> S
         >>> small_cnn(1, 10, width=16)(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    _checks.integer("small_cnn", "in_channels", in_channels, low=1)
-    _checks.integer("small_cnn", "num_classes", num_classes, low=2)
-    _checks.integer("small_cnn", "width", width, low=1)
+    _checks.integer(1, in_channels=in_channels, width=width)
+    _checks.integer(2, num_classes=num_classes)
     return SmallCNN(in_channels, num_classes, width)
 
 
 def _block(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
+    # BatchNorm's shift stands in for the convolution's bias.
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())

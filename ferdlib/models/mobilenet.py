@@ -1,7 +1,7 @@
-"""The MobileNetV2 for CIFAR that the papers' students are.
+"""MobileNetV2 for CIFAR, in the public variant that the papers take for a student.
 
-Not torchvision's: that one has no expansion convolution in its first block, no projected shortcuts and
-ReLU6. The papers follow a public variant with all three, and its checkpoints fit these names.
+torchvision's network differs in three places: no expansion convolution in the first block, no projected
+shortcuts, and ReLU6 for ReLU. Checkpoints of the public variant fit the names here.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import public
 
-# Sandler et al. 2018, Table 2: expansion, channels, blocks, stride; the second stage keeps 32x32 here.
+# Expansion, channels, blocks and stride of each stage (Sandler et al. 2018, Table 2). The second stage has
+# stride 1 here, because an image of 32x32 has no resolution to give away so early.
 STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -29,8 +31,8 @@ class MobileNetV2(nn.Module):
     Made by `mobilenet_v2`.
 
     Attributes:
-        feature_layers: names that `bottleneck.split_at` can cut. The last, "bn2", is where FERD taps its
-            WideResNet: after the last convolution and its BatchNorm, before the ReLU.
+        feature_layers: names that `bottleneck.split_at` can cut. The last, "bn2", is the counterpart of
+            FERD's tap: after the last convolution and its BatchNorm, before the ReLU.
     """
 
     feature_layers = ("layers", "bn2")
@@ -40,6 +42,7 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 32, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
         blocks, channels = [], 32
+        # Only the first block of a stage changes the resolution.
         for expansion, out_channels, repeats, first_stride in STAGES:
             for k in range(repeats):
                 stride = first_stride if k == 0 else 1
@@ -56,29 +59,24 @@ class MobileNetV2(nn.Module):
         return logits
 
 
+@public
 def mobilenet_v2(num_classes: int = 10, *, in_channels: int = 3) -> MobileNetV2:
-    """MobileNetV2 for 32x32 images, the papers' small student: 2.30 M parameters, 0.091 GMAC.
+    """Build MobileNetV2 for 32x32 images, the papers' small student: 2.30 M parameters, 0.091 GMAC.
 
-    Args:
-        num_classes: K >= 2.
-        in_channels: colour channels of the images, >= 1.
-
-    Returns:
-        A freshly initialised `MobileNetV2` in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
-
-    Raises:
-        TypeError, ValueError: arguments that are not integers in range.
+    Arguments, result and errors are those of `resnet18`.
 
     Example:
         >>> sum(p.numel() for p in mobilenet_v2(10).parameters())
         2296922
     """
-    _checks.integer("mobilenet_v2", "num_classes", num_classes, low=2)
-    _checks.integer("mobilenet_v2", "in_channels", in_channels, low=1)
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(1, in_channels=in_channels)
     return MobileNetV2(num_classes, in_channels)
 
 
 class _InvertedResidual(nn.Module):
+    """Expand by a 1x1 convolution, filter each channel by itself, project by another 1x1 convolution."""
+
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
         super().__init__()
         inner = expansion * in_channels
@@ -88,6 +86,7 @@ class _InvertedResidual(nn.Module):
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        # A block that halves the resolution has no shortcut.
         self.shortcut: nn.Module | None = None
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()

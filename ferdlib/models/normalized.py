@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, InvalidValue, public
 
 
 class Normalized(nn.Module):
     r"""A model that takes images in [0, 1] and normalises them itself, $f((x - \mu) / s)$.
 
     So `eps` keeps its meaning in pixels. Mean and standard deviation are buffers: they follow the
-    device, and are no part of the state dict.
+    device, and are not in the state dict.
 
     Args:
         model: takes normalised images.
@@ -26,9 +27,9 @@ class Normalized(nn.Module):
         feature_layers: the inner model's, with the prefix "model.".
 
     Raises:
-        TypeError: `model` is not a module, or mean or std are no numbers.
+        TypeError: a `model` that is not a module, or a mean or std that are not numbers.
         ValueError: mean and std of different lengths or not finite, a std that is not positive, or
-            images of another number of channels.
+            images with another number of channels.
 
     Example:
         >>> model = Normalized(nn.Flatten(), mean=[0.5], std=[0.25])
@@ -39,20 +40,22 @@ class Normalized(nn.Module):
     mean: Tensor
     std: Tensor
 
+    @public
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.model = _checks.module("Normalized", "model", model)
+        _checks.module(model=model)
         means, stds = _per_channel("mean", mean), _per_channel("std", std)
         if means.ndim != 1 or means.shape != stds.shape or not len(means):
-            raise ValueError(
-                "Normalized: expected `mean` and `std` with one number per channel, got shapes "
+            raise InvalidValue(
+                "expected `mean` and `std` with one number per channel, got shapes "
                 f"{tuple(means.shape)} and {tuple(stds.shape)}"
             )
         if not bool((stds > 0).all()):
-            raise ValueError(f"Normalized: expected positive `std`, got {stds.tolist()}")
-        dtype = torch.get_default_dtype()
-        self.register_buffer("mean", means.to(dtype).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std", stds.to(dtype).reshape(-1, 1, 1), persistent=False)
+            raise InvalidValue(f"expected positive `std`, got {stds.tolist()}")
+        self.model = model
+        # Not persistent, so that the checkpoint of the inner model needs no other names than "model.".
+        self.register_buffer("mean", means.reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", stds.reshape(-1, 1, 1), persistent=False)
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
@@ -64,23 +67,23 @@ class Normalized(nn.Module):
         return logits
 
 
-def _per_channel(argument: str, value: Any) -> Tensor:
+def _per_channel(name: str, value: Any) -> Tensor:
     try:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"Normalized: expected `{argument}` to be numbers, got {_checks.got(value)}"
-        ) from error
+        raise InvalidType(f"expected `{name}` to be numbers, got {_checks.got(value)}") from error
     if numbers.is_complex():
-        raise TypeError(f"Normalized: expected `{argument}` to be real, got {_checks.got(numbers)}")
+        raise InvalidType(f"expected `{name}` to be real, got {_checks.got(numbers)}")
     if not bool(numbers.isfinite().all()):
-        raise ValueError(f"Normalized: expected finite `{argument}`, got {numbers.tolist()}")
-    return numbers
+        raise InvalidValue(f"expected finite `{name}`, got {numbers.tolist()}")
+    return numbers.to(torch.get_default_dtype())
 
 
+# Wrapped, so that torch.fx keeps it whole: the check branches. A traced copy calls it without the class, so
+# it says the name itself.
 @fx.wrap
 def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Kept whole by torch.fx, because the check branches; without it one channel would become three."""
+    # Without the check one channel would become three.
     if x.shape[1] != len(mean):
         raise ValueError(
             f"Normalized: expected `x` with {len(mean)} channels, as many as `mean`, got {tuple(x.shape)}"

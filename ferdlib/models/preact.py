@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 
 
 class WideResNet(nn.Module):
@@ -47,8 +48,8 @@ class PreActResNet(nn.Module):
     Made by `preact_resnet18` and `preact_resnet34`.
 
     Attributes:
-        feature_layers: names that `bottleneck.split_at` can cut. The last, "bn", is where FERD taps its
-            WideResNet: after the last block and the final BatchNorm, before the ReLU.
+        feature_layers: names that `bottleneck.split_at` can cut. The last, "bn", is the counterpart of
+            FERD's tap: after the last block and the final BatchNorm, before the ReLU.
     """
 
     feature_layers = ("layer1", "layer2", "layer3", "layer4", "bn")
@@ -58,10 +59,10 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.layer1 = _preact_stage(blocks[0], 64, 64, stride=1)
-        self.layer2 = _preact_stage(blocks[1], 64, 128, stride=2)
-        self.layer3 = _preact_stage(blocks[2], 128, 256, stride=2)
-        self.layer4 = _preact_stage(blocks[3], 256, 512, stride=2)
+        self.layer1 = _stage(_PreActBlock, blocks[0], 64, 64, stride=1)
+        self.layer2 = _stage(_PreActBlock, blocks[1], 64, 128, stride=2)
+        self.layer3 = _stage(_PreActBlock, blocks[2], 128, 256, stride=2)
+        self.layer4 = _stage(_PreActBlock, blocks[3], 256, 512, stride=2)
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
         _initialise(self)
@@ -72,10 +73,13 @@ class PreActResNet(nn.Module):
         return logits
 
 
+@public
 def wide_resnet(
     depth: int = 34, width: int = 10, num_classes: int = 10, *, in_channels: int = 3
 ) -> WideResNet:
-    """WideResNet-depth-width for 32x32 images; 34-10 is the papers' teacher, 46.2 M parameters, 6.66 GMAC.
+    """Build WideResNet-depth-width for 32x32 images.
+
+    34-10 is the papers' teacher: 46.2 M parameters, 6.66 GMAC.
 
     Args:
         depth: 6n + 4 with n >= 1: 10, 16, 22, 28, 34, ...
@@ -93,119 +97,110 @@ def wide_resnet(
         >>> sum(p.numel() for p in wide_resnet(16, 4).parameters())
         2748890
     """
-    _checks.integer("wide_resnet", "depth", depth, low=10)
-    _checks.integer("wide_resnet", "width", width, low=1)
-    _checks.integer("wide_resnet", "num_classes", num_classes, low=2)
-    _checks.integer("wide_resnet", "in_channels", in_channels, low=1)
+    _checks.integer(10, depth=depth)
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(1, width=width, in_channels=in_channels)
     if (depth - 4) % 6:
-        raise ValueError(f"wide_resnet: expected `depth` of the form 6n + 4, got {depth}")
+        raise InvalidValue(f"expected `depth` of the form 6n + 4, got {depth}")
     return WideResNet(depth, width, num_classes, in_channels)
 
 
+@public
 def preact_resnet18(num_classes: int = 10, *, in_channels: int = 3) -> PreActResNet:
-    """PreActResNet-18 for 32x32 and 64x64 images: 11.17 M parameters; 2.22 GMAC at 64x64.
+    """Build PreActResNet-18 for 32x32 and 64x64 images: 11.17 M parameters, 2.22 GMAC at 64x64.
 
-    Args:
-        num_classes: K >= 2.
-        in_channels: colour channels of the images, >= 1.
-
-    Returns:
-        A freshly initialised `PreActResNet` in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
-
-    Raises:
-        TypeError, ValueError: arguments that are not integers in range.
+    Arguments, result and errors are those of `resnet18`.
 
     Example:
         >>> sum(p.numel() for p in preact_resnet18(10).parameters())
         11172170
     """
-    return _preact_resnet("preact_resnet18", (2, 2, 2, 2), num_classes, in_channels)
+    return _preact_resnet((2, 2, 2, 2), num_classes, in_channels)
 
 
+@public
 def preact_resnet34(num_classes: int = 10, *, in_channels: int = 3) -> PreActResNet:
-    """PreActResNet-34, FERD's Tiny-ImageNet teacher: 4.64 GMAC at 64x64. Otherwise as `preact_resnet18`.
+    """Build PreActResNet-34, FERD's Tiny-ImageNet teacher: 21.28 M parameters, 4.64 GMAC at 64x64.
 
-    Args:
-        num_classes: K >= 2.
-        in_channels: colour channels of the images, >= 1.
-
-    Returns:
-        A freshly initialised `PreActResNet` in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
-
-    Raises:
-        TypeError, ValueError: arguments that are not integers in range.
+    Arguments, result and errors are those of `resnet18`.
 
     Example:
         >>> preact_resnet34(200).linear.out_features
         200
     """
-    return _preact_resnet("preact_resnet34", (3, 4, 6, 3), num_classes, in_channels)
+    return _preact_resnet((3, 4, 6, 3), num_classes, in_channels)
 
 
 def _preact_resnet(
-    name: str, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int
+    blocks: tuple[int, int, int, int], num_classes: int, in_channels: int
 ) -> PreActResNet:
-    _checks.integer(name, "num_classes", num_classes, low=2)
-    _checks.integer(name, "in_channels", in_channels, low=1)
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(1, in_channels=in_channels)
     return PreActResNet(blocks, num_classes, in_channels)
 
 
 class _WideStage(nn.Module):
+    """A sequence under the name `layer`, as the published checkpoints have it."""
+
     def __init__(self, blocks: int, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
-        first = _WideBlock(in_channels, out_channels, stride=stride)
-        rest = (_WideBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
-        self.layer = nn.Sequential(first, *rest)
+        self.layer = _stage(_WideBlock, blocks, in_channels, out_channels, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.layer(x)
         return z
 
 
-class _WideBlock(nn.Module):
+class _Block(nn.Module):
+    """Two 3x3 convolutions, with BatchNorm and ReLU before each."""
+
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        # Between equal numbers of channels the shortcut is the input itself, before BatchNorm and ReLU.
-        self.convShortcut = (
-            None
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
+    def residual(self, active: Tensor) -> Tensor:
         z: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return z + (x if self.convShortcut is None else self.convShortcut(active))
+        return z
 
 
-class _PreActBlock(nn.Module):
+# The shortcuts differ in their name and in one condition. Both take the input itself where they are None,
+# and else what comes after the block's first BatchNorm and ReLU.
+class _WideBlock(_Block):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.shortcut = (
-            None
-            if stride == 1 and in_channels == out_channels
-            else nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
-        )
+        super().__init__(in_channels, out_channels, stride=stride)
+        self.convShortcut = None
+        if in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
-        z: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return z + (x if self.shortcut is None else self.shortcut(active))
+        return self.residual(active) + (
+            x if self.convShortcut is None else self.convShortcut(active)
+        )
 
 
-def _preact_stage(
-    blocks: int, in_channels: int, out_channels: int, *, stride: int
+class _PreActBlock(_Block):
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__(in_channels, out_channels, stride=stride)
+        self.shortcut = None
+        if stride > 1 or in_channels != out_channels:
+            conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        return self.residual(active) + (x if self.shortcut is None else self.shortcut(active))
+
+
+def _stage(
+    block: type[_Block], blocks: int, in_channels: int, out_channels: int, *, stride: int
 ) -> nn.Sequential:
-    first = _PreActBlock(in_channels, out_channels, stride=stride)
-    rest = (_PreActBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    # Only the first block changes resolution and channels.
+    first = block(in_channels, out_channels, stride=stride)
+    rest = (block(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
     return nn.Sequential(first, *rest)
 
 

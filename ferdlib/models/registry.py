@@ -6,25 +6,24 @@ import re
 from collections.abc import Callable
 
 from torch import nn
+from typing_extensions import deprecated
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 from ferdlib.models.cnn import small_cnn
 from ferdlib.models.mobilenet import mobilenet_v2
 from ferdlib.models.preact import preact_resnet18, preact_resnet34, wide_resnet
 from ferdlib.models.resnet import resnet18, resnet34, resnet56
 
-PLAIN: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet56": resnet56,
-    "preact_resnet18": preact_resnet18,
-    "preact_resnet34": preact_resnet34,
-    "mobilenet_v2": mobilenet_v2,
+NAMED: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f
+    for f in (resnet18, resnet34, resnet56, preact_resnet18, preact_resnet34, mobilenet_v2)
 }
 
 
-def create(architecture: str, num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
-    """A freshly initialised model by its name.
+@public
+def build_model(architecture: str, num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
+    """Build a freshly initialised model by its name.
 
     Args:
         architecture: "resnet18", "resnet34", "resnet56", "preact_resnet18", "preact_resnet34",
@@ -39,26 +38,24 @@ def create(architecture: str, num_classes: int = 10, *, in_channels: int = 3) ->
         TypeError, ValueError: an unknown name, or what the model's own function refuses.
 
     Example:
-        >>> create("wide_resnet_28_4", num_classes=100).feature_layers
+        >>> build_model("wide_resnet_28_4", num_classes=100).feature_layers
         ('block1', 'block2', 'block3', 'bn1')
     """
-    return build("create", architecture, num_classes, in_channels)
-
-
-def build(function: str, architecture: str, num_classes: int, in_channels: int) -> nn.Module:
-    """`create`, whose errors name the public function that was called."""
-    if not isinstance(architecture, str):
-        raise TypeError(
-            f"{function}: expected `architecture` to be a string, got {_checks.got(architecture)}"
-        )
-    if architecture in PLAIN:
-        return PLAIN[architecture](num_classes, in_channels=in_channels)
+    _checks.instance(str, architecture=architecture)
+    if architecture in NAMED:
+        return NAMED[architecture](num_classes, in_channels=in_channels)
     if match := re.fullmatch(r"wide_resnet_(\d+)_(\d+)", architecture):
         depth, width = map(int, match.groups())
         return wide_resnet(depth, width, num_classes, in_channels=in_channels)
     if match := re.fullmatch(r"small_cnn_(\d+)", architecture):
         return small_cnn(in_channels, num_classes, width=int(match.group(1)))
-    raise ValueError(
-        f"{function}: expected `architecture` to be one of {', '.join(PLAIN)}, wide_resnet_DEPTH_WIDTH, "
+    raise InvalidValue(
+        f"expected `architecture` to be one of {', '.join(NAMED)}, wide_resnet_DEPTH_WIDTH, "
         f"small_cnn_WIDTH, got {architecture!r}"
     )
+
+
+@deprecated("ferdlib.models.create is now called ferdlib.models.build_model")
+def create(architecture: str, num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
+    """Old name of `build_model`."""
+    return build_model(architecture, num_classes, in_channels=in_channels)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import public
 
 
+@public
 def resnet18(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
-    """ResNet-18 for 32x32 images (He et al. 2016, the papers' student): 11.17 M parameters, 0.555 GMAC.
+    """Build ResNet-18 for 32x32 images (He et al. 2016, the papers' student): 11.17 M parameters, 0.555 GMAC.
 
     torchvision's network with a 3x3 stem of stride 1 in place of the 7x7 one, and without max pooling.
 
@@ -35,18 +37,11 @@ def resnet18(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
     return _with_small_stem("resnet18", num_classes, in_channels)
 
 
+@public
 def resnet34(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
-    """ResNet-34 for 32x32 images: 21.28 M parameters, 1.159 GMAC. Otherwise as `resnet18`.
+    """Build ResNet-34 for 32x32 images: 21.28 M parameters, 1.159 GMAC.
 
-    Args:
-        num_classes: K >= 2.
-        in_channels: colour channels of the images, >= 1.
-
-    Returns:
-        A freshly initialised module in train mode, see `resnet18`.
-
-    Raises:
-        TypeError, ValueError: arguments that are not integers in range.
+    Arguments, result and errors are those of `resnet18`.
 
     Example:
         >>> sum(p.numel() for p in resnet34(10).parameters())
@@ -55,29 +50,19 @@ def resnet34(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
     return _with_small_stem("resnet34", num_classes, in_channels)
 
 
+@public
 def resnet56(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
-    """ResNet-56, made for CIFAR (He et al. 2016, section 4.2): MTARD's natural teacher, 0.86 M parameters.
+    """Build ResNet-56 for CIFAR (He et al. 2016, section 4.2), MTARD's natural teacher: 0.86 M parameters.
 
     Three stages of nine torchvision `BasicBlock`s with 16, 32 and 64 channels; shortcuts that change the
-    shape are 1x1 convolutions with BatchNorm. Public checkpoints of it expect normalised images: wrap
-    it in `Normalized`.
-
-    Args:
-        num_classes: K >= 2.
-        in_channels: colour channels of the images, >= 1.
-
-    Returns:
-        A freshly initialised module in train mode, from images `(N, C, H, W)` to logits `(N, K)`.
-
-    Raises:
-        TypeError, ValueError: arguments that are not integers in range.
+    shape are 1x1 convolutions with BatchNorm. Its public checkpoints expect normalised images: wrap the
+    model in `Normalized`. Arguments, result and errors are those of `resnet18`.
 
     Example:
         >>> sum(p.numel() for p in resnet56(10).parameters())
         855770
     """
-    _checks.integer("resnet56", "num_classes", num_classes, low=2)
-    _checks.integer("resnet56", "in_channels", in_channels, low=1)
+    _check_sizes(num_classes, in_channels)
     model: Any = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
@@ -91,27 +76,30 @@ def resnet56(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
             fc=nn.Linear(64, num_classes),
         )
     )
+    # torchvision's networks start so too, and the stages are made of its blocks.
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model.feature_layers = ("layer1", "layer2", "layer3")
-    network: nn.Module = model
-    return network
+    return cast(nn.Module, model)
 
 
 def _with_small_stem(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """torchvision's network of that name, for images of 32x32 pixels."""
-    _checks.integer(name, "num_classes", num_classes, low=2)
-    _checks.integer(name, "in_channels", in_channels, low=1)
+    _check_sizes(num_classes, in_channels)
     from torchvision import models
 
     model: Any = getattr(models, name)(weights=None, num_classes=num_classes)
+    # A 7x7 stem of stride 2 and a pooling would leave 8x8 of the 32x32 pixels.
     stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     model.conv1, model.maxpool = stem, nn.Identity()
     model.feature_layers = ("layer1", "layer2", "layer3", "layer4")
-    network: nn.Module = model
-    return network
+    return cast(nn.Module, model)
+
+
+def _check_sizes(num_classes: int, in_channels: int) -> None:
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(1, in_channels=in_channels)
 
 
 def _stage(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:

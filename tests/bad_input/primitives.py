@@ -425,9 +425,9 @@ for name in ("resnet18", "resnet34", "resnet56", "preact_resnet18", "preact_resn
     case(f"models.{name}", num_classes=CLASSES, in_channels=CHANNELS)
 case("models.mobilenet_v2", num_classes=CLASSES, in_channels=CHANNELS)
 ARCHITECTURE = word("small_cnn_2").also(unknown=("resnet50", ValueError))
-case("models.create", architecture=ARCHITECTURE, num_classes=CLASSES, in_channels=CHANNELS).that(
-    says="create|small_cnn"
-)
+case(
+    "models.build_model", architecture=ARCHITECTURE, num_classes=CLASSES, in_channels=CHANNELS
+).that(says="build_model|small_cnn")
 FILE = path("student.pt").also(missing=("none.pt", FileNotFoundError))
 case(
     "models.load_checkpoint",

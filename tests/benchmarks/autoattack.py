@@ -11,7 +11,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from ferdlib.attacks import autoattack, pgd
-from ferdlib.models import create, freeze_for_attack
+from ferdlib.models import build_model, freeze_for_attack
 
 from .harness import Competitor, Goal, Group, Prepared, Settings
 from .problems import digits, train
@@ -38,7 +38,7 @@ def prepare(settings: Settings) -> Prepared:
         )
         noise, radius = settings.noise(), TRAINING_EPS[name]
         attack = partial(pgd, eps=radius, step_size=radius / 2, steps=3, rng=noise)
-        model = create(name, 10, in_channels=1).to(settings.device)
+        model = build_model(name, 10, in_channels=1).to(settings.device)
         model = train(model, seen, epochs=EPOCHS, rng=noise, attack=attack)
         x, y = (tensor[:SAMPLES] for tensor in held_out)
         attacked = {"x": x, "y": y, "eps": EPS[name], "seed": settings.seed}

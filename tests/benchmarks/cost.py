@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ferdlib.models import create
+from ferdlib.models import build_model
 from ferdlib.synthesis import Generator
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -58,7 +58,7 @@ def one_pass(model: nn.Module, *inputs: torch.Tensor) -> int:
 def counted(config: FERDConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Measured and predicted multiply-adds of an epoch's parts."""
     torch.manual_seed(0)
-    teacher, student = (create(name, config.num_classes).eval() for name in (TEACHER, STUDENT))
+    teacher, student = (build_model(name, config.num_classes).eval() for name in (TEACHER, STUDENT))
     labels = config.num_classes if config.conditional_generator else None
     generator = Generator(config.image_shape, num_classes=labels)
     trainer = FERDTrainer(teacher, student, generator, config=config)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ferdlib.models import create
+from ferdlib.models import build_model
 from ferdlib.synthesis import Generator
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -41,7 +41,7 @@ def prepare(settings: Settings) -> Prepared:
     (x, y), _ = digits(settings.seed, settings.device)
     seen = F.interpolate(x, SIZES["image_shape"][1:], mode="bilinear"), y
     teacher, student = (
-        create(name, 10, in_channels=1).to(settings.device) for name in (TEACHER, STUDENT)
+        build_model(name, 10, in_channels=1).to(settings.device) for name in (TEACHER, STUDENT)
     )
     teacher = train(teacher, seen, epochs=1, rng=settings.noise())
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ferdlib.attacks import pgd
-from ferdlib.models import create
+from ferdlib.models import build_model
 
 from .harness import Competitor, Group, Prepared, Settings
 
@@ -24,7 +24,7 @@ CHANGES = (
 
 def competitor(settings: Settings, case: dict[str, int | str]) -> Competitor:
     images, classes, steps, size = (int(case[k]) for k in ("images", "classes", "steps", "size"))
-    model = settings.place(create(str(case["model"]), classes)).eval()
+    model = settings.place(build_model(str(case["model"]), classes)).eval()
     x = settings.place(torch.rand(images, 3, size, size))
     y = torch.randint(classes, (images,)).to(settings.device)
     return partial(pgd, model, x, y, steps=steps)
