@@ -175,16 +175,20 @@ def test_utae_pgd_refers_to_its_own_clean_logits_in_eval_mode(tiny_model):
         )
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5])
-def test_utae_pgd_from_x_itself_moves_by_its_uniform_term_alone(gamma):
+def test_utae_pgd_from_x_itself_moves_by_its_uniform_term_alone():
     def model(images):  # softmax is exactly (1, 0), so KL(p || p) has a gradient of exact zeros
         return torch.stack([images[:, 0, 0, 0], torch.full((len(images),), -1e4)], dim=1)
 
     x = torch.full((2, 1, 1, 2), 0.5)
-    x_adv = utae_pgd(model, x, gamma=gamma, eps=0.1, step_size=0.02, random_start=None)
+    arguments = {"eps": 0.1, "step_size": 0.02, "random_start": None}
     expected = x.clone()
-    expected[:, 0, 0, 0] -= 0.1 * (gamma > 0)  # downhill in the winning logit
-    assert torch.equal(x_adv, expected)
+    expected[:, 0, 0, 0] -= 0.1  # downhill in the winning logit
+    assert torch.equal(utae_pgd(model, x, **arguments), expected)
+    with pytest.raises(ValueError, match="^utae_pgd: expected `random_start` or `gamma` > 0"):
+        utae_pgd(model, x, gamma=0, **arguments)
+    # A start, or the reference of another model, gives a gradient.
+    utae_pgd(model, x, gamma=0, **(arguments | {"random_start": "normal"}))
+    utae_pgd(model, x, torch.ones(2, 2), gamma=0, **arguments)
 
 
 @pytest.fixture(scope="module")

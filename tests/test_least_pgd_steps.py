@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ferdlib import losses
-from ferdlib.attacks import least_pgd_steps, pgd
+from ferdlib.attacks import StepCounter, cw_linf, least_pgd_steps, pgd, utae_pgd
 
 COUNTS = ("first", "correct")
 
@@ -169,10 +169,63 @@ def test_errors_name_the_argument(change, error, argument):
 
 
 def test_an_output_without_logits_is_named():
-    def model(x):
-        z = above(0.4)(x)
-        return z, z
-
     x, y = torch.full((1, 1, 1, 1), 0.5), torch.tensor([1])
+    arguments = {"loss": lambda output, y: losses.cross_entropy(output["z"], y)}
     with pytest.raises(TypeError, match=r"^least_pgd_steps: .*`model\(x\)`"):
-        least_pgd_steps(model, x, y, loss=lambda pair, y: losses.cross_entropy(pair[0], y))
+        least_pgd_steps(lambda x: {"z": above(0.4)(x)}, x, y, **arguments)
+    with pytest.raises(TypeError, match=r"^StepCounter: .*`model\(x\)`"):
+        pgd(lambda x: {"z": above(0.4)(x)}, x, y, on_step=StepCounter(y, 10), **arguments)
+
+
+COUNTED = {  # attacks of four steps on labels, another model's logits, and two models at once
+    "pgd": lambda m, x, y, **k: pgd(m, x, y, steps=4, **k),
+    "cw_linf": lambda m, x, y, **k: cw_linf(m, x, y, steps=4, **k),
+    "utae_pgd": lambda m, x, y, **k: utae_pgd(m, x, m(x).roll(1, 1), steps=4, **k),
+    "a pair": lambda m, x, y, **k: pgd(
+        lambda x: (m(x), m(x).roll(1, 1)),
+        x,
+        y,
+        loss=lambda z, _: losses.distillation(*z),
+        steps=4,
+        **k,
+    ),
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("attack", list(COUNTED))
+def test_a_counter_counts_any_attack(tiny_model, attack, count):
+    model = tiny_model()
+    x = torch.rand(40, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    y, path = model(x).argmax(dim=1), []
+    arguments = {"eps": 0.1, "step_size": 0.03, "random_start": 0.01 * (x - 0.5)}
+    COUNTED[attack](model, x, y, on_step=lambda _, adv, __: path.append(adv), **arguments)
+    correct = torch.stack([model(adv).argmax(dim=1) == y for adv in path])
+    expected = (correct.cumprod(dim=0) if count == "first" else correct.long()).sum(dim=0)
+    counter = StepCounter(y, 4, count=count)
+    COUNTED[attack](model, x, y, on_step=counter, **arguments)
+    assert counter.counts.dtype == torch.int64
+    assert torch.equal(counter.counts, expected)
+    assert len(set(expected.tolist())) > 2
+
+
+def test_a_counter_follows_the_samples_that_an_early_stop_leaves(tiny_model):
+    model = tiny_model()
+    x = torch.rand(40, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(dim=1)
+    arguments = {"eps": 0.1, "step_size": 0.01, "steps": 6, "random_start": None}
+    _, expected = least_pgd_steps(model, x, y, **arguments)
+    counter = StepCounter(y, 6)
+    pgd(model, x, y, on_step=counter, early_stop=True, **arguments)
+    assert torch.equal(counter.counts, expected)
+    assert len(set(expected.tolist())) > 2
+    for counter in (StepCounter(y, 6, count="correct"), StepCounter(y.roll(1), 6)):
+        with pytest.raises(ValueError, match=r"^StepCounter: expected `model\(x\)` of 40 samples"):
+            pgd(model, x, y, on_step=counter, early_stop=True, **arguments)
+
+
+def test_a_counter_ignores_what_is_behind_its_steps():
+    counter = StepCounter(torch.tensor([0, 0]), 1)
+    counter(0, None, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    counter(1, None, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert counter.counts.tolist() == [1, 0]

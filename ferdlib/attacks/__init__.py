@@ -5,11 +5,12 @@ and autocast state are afterwards what they were, also when the model raises.
 """
 
 from ferdlib.attacks.autoattack import AutoAttackResult, autoattack
-from ferdlib.attacks.engine import pgd
-from ferdlib.attacks.named import cw_linf, fgsm, least_pgd_steps, utae_pgd
+from ferdlib.attacks.named import cw_linf, fgsm, pgd, utae_pgd
+from ferdlib.attacks.steps import StepCounter, least_pgd_steps
 
 __all__ = [
     "AutoAttackResult",
+    "StepCounter",
     "autoattack",
     "cw_linf",
     "fgsm",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
-from ferdlib.attacks.engine import Model, rounded_inside
+from ferdlib.attacks.ascent import Model, rounded_inside
 
 OnBatch = Callable[[str, Tensor], None]
 

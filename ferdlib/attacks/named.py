@@ -1,26 +1,95 @@
-"""The named attacks: each one is a loss, a start and a step rule on the engine's ascent."""
+"""The named attacks: a loss, a start and a step rule on the ascent."""
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 from ferdlib._modes import borrowed
-from ferdlib.attacks.engine import (
-    Loss,
-    Model,
-    OnStep,
-    RandomStart,
-    ascend,
-    check_early_stop,
-    misclassified,
-)
+from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified
 from ferdlib.losses import cross_entropy, cw_margin, distillation, uniformity
 
 
+@public
+def pgd(
+    model: Model,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    loss: Loss = cross_entropy,
+    eps: float | Tensor = 8 / 255,
+    step_size: float | Tensor = 2 / 255,
+    steps: int = 10,
+    random_start: RandomStart = "uniform",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    train_mode: bool = False,
+    rng: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+    early_stop: bool = False,
+) -> Tensor:
+    r"""Projected gradient ascent on `loss` in an L-infinity ball (Madry et al. 2018; Fair-ARD Eq. 5).
+
+    $$x^{(t+1)} = \Pi_{B_\epsilon(x) \cap [lo, hi]}\left(x^{(t)}
+      + \alpha \, \mathrm{sign} \nabla_{x^{(t)}} \ell(f(x^{(t)}), y)\right)$$
+
+    Returns the last iterate, after exactly `steps` forward and input-gradient passes. With `early_stop`
+    each sample's first misclassified iterate is returned instead, and the sample costs nothing after it:
+    a returned image that is classified correctly means that the attack failed at all of x^(0)..x^(K).
+
+    The model runs in eval mode and is given back as it was. The attack works under `torch.no_grad`,
+    autocast and `torch.inference_mode`. A callable that is not an `nn.Module`, such as a lambda around
+    one, runs as it is: its modes are the caller's business.
+
+    Args:
+        model: any callable from images to what `loss` takes first; logits `(N, K)` for the built-in
+            losses. Normalisation lives inside it.
+        x: float images `(N, C, H, W)` inside `bounds`.
+        targets: whatever `loss` takes second: int64 labels `(N,)`, or reference logits `(N, K)`.
+        loss: called as `loss(model(x_adv), targets)`; its sum over samples is ascended. Turn the sign of
+            a loss that should fall.
+        eps: radius $\epsilon \ge 0$ in units of the images, a number or one per sample `(N,)`.
+        step_size: $\alpha \ge 0$ in the same units, a number or one per sample `(N,)`.
+        steps: number of updates; 0 returns the (projected) start.
+        random_start: "uniform" in the ball, "normal" for 0.001 * N(0, 1), None for x itself, or a
+            tensor x0 - x of x's shape. Every start is projected to the ball and the bounds.
+        bounds: smallest and largest pixel value.
+        train_mode: run the model in train mode, as ARD's released attack does. A model in train mode
+            keeps its modules' own flags, another one is switched for the attack. BatchNorm then uses
+            batch statistics, and its running statistics move.
+        rng: source of the start's noise, drawn on its own device; None takes torch's default
+            generator. With a generator, the global random state is neither read nor advanced.
+        on_step: called as `on_step(step, x_adv, logits)` with detached tensors before each update; with
+            `early_stop`, with the samples that are still attacked. `StepCounter` is one.
+        early_stop: leave out samples that are misclassified; needs labels as `targets`, and a model that
+            returns logits. Exact, as far as rounding does not depend on the size of a batch.
+
+    Returns:
+        Adversarial images like `x` (shape, dtype, device), detached, inside ball and bounds. They are
+        iterated in float32 or wider whatever the dtype of x.
+
+    Raises:
+        TypeError: `x` is not a float tensor, or an argument has the wrong type.
+        ValueError: a wrong shape, images outside the bounds or not finite, a negative radius or step,
+            an unknown start, a loss that does not depend on the images, or `early_stop` with
+            `train_mode` (fewer samples are another batch to BatchNorm) or without labels.
+        RuntimeError: loss or gradient became NaN or infinite during the attack.
+
+    Example:
+        >>> def model(x):  # the second logit grows with the first pixel
+        ...     return torch.stack([torch.zeros(len(x)), x[:, 0, 0, 0]], dim=1)
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> pgd(model, x, torch.tensor([1]), eps=0.1, step_size=0.05, random_start=None)
+        tensor([[[[0.4000, 0.5000]]]])
+    """
+    ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
+    ascent.one_per_image(targets=targets)
+    stop = misclassified(targets, train_mode) if early_stop else None
+    return ascent.run(loss, targets, on_step, stop)
+
+
+@public
 def fgsm(
     model: Model,
     x: Tensor,
@@ -40,13 +109,13 @@ def fgsm(
     uses `random_start="normal"`.
 
     Args:
-        model, x, targets, loss, eps, random_start, bounds, train_mode, rng, on_step: as in `pgd`.
+        model, x, targets, loss, eps, random_start, bounds, train_mode, rng, on_step: see `pgd`.
 
     Returns:
         Adversarial images like `x`, detached.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `pgd`.
+        TypeError, ValueError, RuntimeError: see `pgd`.
 
     Example:
         >>> def model(x):
@@ -54,23 +123,12 @@ def fgsm(
         >>> fgsm(model, torch.full((1, 1, 1, 2), 0.5), torch.tensor([1]), eps=0.1)
         tensor([[[[0.4000, 0.5000]]]])
     """
-    return ascend(
-        "fgsm",
-        model,
-        x,
-        targets,
-        loss=loss,
-        eps=eps,
-        step_size=eps,
-        steps=1,
-        random_start=random_start,
-        bounds=bounds,
-        train_mode=train_mode,
-        rng=rng,
-        on_step=on_step,
-    )
+    ascent = Ascent(model, x, eps, eps, 1, random_start, bounds, train_mode, rng)
+    ascent.one_per_image(targets=targets)
+    return ascent.run(loss, targets, on_step)
 
 
+@public
 def cw_linf(
     model: Model,
     x: Tensor,
@@ -87,7 +145,7 @@ def cw_linf(
     on_step: OnStep | None = None,
     early_stop: bool = False,
 ) -> Tensor:
-    r"""CW-inf as the distillation papers use it: PGD on the Carlini-Wagner margin, `losses.cw_margin`.
+    r"""CW-inf of the distillation papers: PGD on the Carlini-Wagner margin, `losses.cw_margin`.
 
     The defaults are those of Fair-ARD's evaluation. It is not the original attack of Carlini and Wagner,
     which searches for the smallest perturbation.
@@ -95,13 +153,13 @@ def cw_linf(
     Args:
         confidence: $\kappa \ge 0$; the attack gains until the best other logit leads by it.
         model, x, targets, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step, early_stop:
-            as in `pgd`; targets are labels.
+            see `pgd`; targets are labels.
 
     Returns:
         Adversarial images like `x`, detached.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `pgd`; ValueError for a negative confidence.
+        TypeError, ValueError, RuntimeError: see `pgd`; ValueError for a negative confidence.
 
     Example:
         >>> def model(x):
@@ -110,29 +168,18 @@ def cw_linf(
         >>> cw_linf(model, x, torch.tensor([1]), eps=0.1, random_start=None)
         tensor([[[[0.4000, 0.5000]]]])
     """
-    kappa = _checks.number("cw_linf", "confidence", confidence, low=0.0)
+    _checks.real(0, confidence=confidence)
+    ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
+    ascent.one_per_image(targets=targets)
 
-    def objective(logits: Tensor, labels: Tensor) -> Tensor:
-        return cw_margin(logits, labels, confidence=kappa)
+    def margin(logits: Tensor, labels: Tensor) -> Tensor:
+        return cw_margin(logits, labels, confidence=confidence)
 
-    return ascend(
-        "cw_linf",
-        model,
-        x,
-        targets,
-        loss=objective,
-        eps=eps,
-        step_size=step_size,
-        steps=steps,
-        random_start=random_start,
-        bounds=bounds,
-        train_mode=train_mode,
-        rng=rng,
-        on_step=on_step,
-        settled=misclassified("cw_linf", targets, train_mode) if early_stop else None,
-    )
+    stop = misclassified(targets, train_mode) if early_stop else None
+    return ascent.run(margin, targets, on_step, stop)
 
 
+@public
 def utae_pgd(
     model: Model,
     x: Tensor,
@@ -155,21 +202,25 @@ def utae_pgd(
 
     Away from the reference, yet towards no class in particular. `utae_pgd(teacher, x, random_start=None)`
     is Eq. 10 to the letter; `utae_pgd(student, x, teacher(x))` attacks the student that is trained, as
-    RSLAD does, and is what `FERDTrainer` uses. With `gamma=0` and without a start away from x, a model
-    that is its own reference gives no gradient but rounding noise, and the attack is none.
+    RSLAD does, and is what `FERDTrainer` uses.
+
+    A model that is its own reference has no first gradient in KL(p || p): the uniform term or a start
+    away from x moves it. With neither, the signs of rounding noise would move most pixels at random, so
+    `gamma=0` with `random_start=None` is refused there.
 
     Args:
         model: the attacked model, any callable from images to logits `(N, K)`.
         reference_logits: `(N, K)`, the prediction to move away from; None takes the model's own on x,
             in eval mode and without noise.
         gamma: weight $\gamma \ge 0$ of the uniform-target term; 0 is the inner attack of RSLAD.
-        x, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step: as in `pgd`.
+        x, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step: see `pgd`.
 
     Returns:
         Adversarial images like `x`, detached.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `pgd`; ValueError for a negative gamma.
+        TypeError, ValueError, RuntimeError: see `pgd`; ValueError for a negative gamma, or for none where
+            the model is its own reference and there is no start.
 
     Example:
         >>> def model(x):
@@ -178,150 +229,20 @@ def utae_pgd(
         >>> utae_pgd(model, x, teacher_logits, eps=0.1, step_size=0.05, random_start=None)
         tensor([[[[0.4000, 0.5000]]]])
     """
-    weight = _checks.number("utae_pgd", "gamma", gamma, low=0.0)
+    _checks.real(0, gamma=gamma)
+    ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
     if reference_logits is None:
-        _checks.callable_("utae_pgd", "model", model)
-        _checks.images("utae_pgd", x)
+        if gamma == 0 and random_start is None:
+            raise InvalidValue(
+                "expected `random_start` or `gamma` > 0 for a model that is its own reference, whose "
+                "gradient is rounding noise at x, got neither"
+            )
         with torch.no_grad(), borrowed(model):
             reference_logits = model(x)
-    reference_logits = _checks.logits(
-        "utae_pgd", reference_logits, argument="reference_logits"
-    ).detach()
+    (reference,) = _checks.logits(reference_logits=reference_logits)
+    ascent.one_per_image(reference_logits=reference)
 
-    def objective(logits: Tensor, reference: Tensor) -> Tensor:
-        return distillation(logits, reference) - weight * uniformity(logits)
+    def away(logits: Tensor, reference: Tensor) -> Tensor:
+        return distillation(logits, reference) - gamma * uniformity(logits)
 
-    return ascend(
-        "utae_pgd",
-        model,
-        x,
-        reference_logits,
-        loss=objective,
-        eps=eps,
-        step_size=step_size,
-        steps=steps,
-        random_start=random_start,
-        bounds=bounds,
-        train_mode=train_mode,
-        rng=rng,
-        on_step=on_step,
-        aim="reference_logits",
-    )
-
-
-def least_pgd_steps(
-    model: Model,
-    x: Tensor,
-    targets: Tensor,
-    *,
-    labels: Tensor | None = None,
-    count: Literal["first", "correct"] = "first",
-    loss: Loss = cross_entropy,
-    eps: float | Tensor = 8 / 255,
-    step_size: float | Tensor = 2 / 255,
-    steps: int = 10,
-    random_start: RandomStart = "uniform",
-    bounds: tuple[float, float] = (0.0, 1.0),
-    train_mode: bool = False,
-    rng: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    early_stop: bool = False,
-) -> tuple[Tensor, Tensor]:
-    r"""PGD that counts its least number of steps to fool the model (Fair-ARD Eq. 5, FERD Eq. 24).
-
-    $$d = \min\{t \in 0..K-1 : f(x^{(t)}) \ne y\}, \text{ and } K \text{ if there is none}$$
-
-    The count costs nothing: it reads the K forwards that the attack makes anyway. The last iterate
-    x^(K) is not evaluated, so "fooled by the last step" and "never fooled" are both K, as in the
-    paper's Fig. 2. x^(0) is the random start.
-
-    Args:
-        labels: int64 `(N,)` that decide what is wrong; default `targets`, when those are labels. So an
-            attack on teacher logits can be counted too.
-        count: "first" is the paper's first crossing; "correct" is the number of x^(0)..x^(K-1) that
-            are still classified correctly, as Fair-ARD's release and GAIRAT count. They differ only
-            where an iterate crosses back.
-        steps: K >= 1.
-        early_stop: leave a sample out after its first crossing, for the count alone, at less than the attack's
-            price; the images are then those that decided, x^(d) or x^(K-1). Not for "correct", which goes on.
-        model, x, targets, loss, eps, step_size, random_start, bounds, train_mode, rng, on_step: as in
-            `pgd`; the model returns logits `(N, K)`.
-
-    Returns:
-        The adversarial images of `pgd`, and the counts, int64 `(N,)` in `0..steps`.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `pgd`; ValueError if `targets` are not labels and none
-            are given, for an unknown count, or for `early_stop` with "correct" or with `train_mode`.
-
-    Example:
-        >>> def model(x):  # class 1 while the pixel is above 0.43
-        ...     return torch.stack([torch.full((len(x),), 0.43), x[:, 0, 0, 0]], dim=1)
-        >>> x = torch.full((1, 1, 1, 1), 0.5)
-        >>> least_pgd_steps(model, x, torch.tensor([1]), eps=0.1, step_size=0.02, random_start=None)[1]
-        tensor([4])
-    """
-    function = "least_pgd_steps"
-    _checks.choice(function, "count", count, ("first", "correct"))
-    _checks.integer(function, "steps", steps, low=1)
-    _checks.tensor(function, "targets", targets)
-    if on_step is not None:
-        _checks.callable_(function, "on_step", on_step)
-    argument = "targets" if labels is None else "labels"
-    if labels is None:
-        if targets.is_floating_point():
-            raise ValueError(
-                f"{function}: expected `labels` beside `targets` that are not labels, got None"
-            )
-        labels = targets
-    _checks.images(function, x)
-    truth = _checks.labels(function, labels, length=x.shape[0], device=x.device, argument=argument)
-    if early_stop and count == "correct":
-        raise ValueError(
-            f"{function}: expected no `early_stop` with `count` 'correct', which goes on after the first "
-            f"crossing, got both"
-        )
-    if early_stop:
-        check_early_stop(function, train_mode)
-    # Notation: left, the samples still attacked; alive, which have not been wrong so far; counts, d.
-    with torch.inference_mode(
-        False
-    ):  # they are written to inside the attack, which runs without it
-        left = torch.arange(len(x), device=x.device)
-        counts = torch.zeros_like(left)
-        alive = torch.ones_like(left, dtype=torch.bool)
-
-    def observe(step: int, x_adv: Tensor, logits: Any) -> None:
-        z = _checks.logits(function, logits, argument="model(x)")
-        if step == 0:
-            _checks.labels(function, truth, num_classes=z.shape[1], argument=argument)
-        correct = z.argmax(dim=1) == truth[left]
-        if count == "first":
-            alive[left] = correct = alive[left] & correct
-        counts[left] += correct
-        if on_step is not None:
-            on_step(step, x_adv, logits)
-
-    def settled(step: int, index: Tensor, logits: Any) -> Tensor:
-        nonlocal left
-        left = index[alive[index]]
-        # Of the last iterate nobody asks: x^(K) is not counted.
-        return ~alive[index] if step < steps - 1 else torch.ones_like(index, dtype=torch.bool)
-
-    x_adv = ascend(
-        function,
-        model,
-        x,
-        targets,
-        loss=loss,
-        eps=eps,
-        step_size=step_size,
-        steps=steps,
-        random_start=random_start,
-        bounds=bounds,
-        train_mode=train_mode,
-        rng=rng,
-        on_step=observe,
-        settled=settled if early_stop else None,
-    )
-    return x_adv, counts
+    return ascent.run(away, reference, on_step)

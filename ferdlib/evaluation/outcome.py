@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ferdlib import _oldchecks as _checks
 from ferdlib.attacks import autoattack
-from ferdlib.attacks.engine import NORMAL_START_SCALE, Model, ascend
+from ferdlib.attacks.ascent import NORMAL_START_SCALE, Ascent, Model
 from ferdlib.evaluation.batches import Batches
 from ferdlib.evaluation.data import Block
 from ferdlib.evaluation.noise import uniform
@@ -159,22 +159,9 @@ def _walk(
             return cw_margin(logits, labels, confidence=spec.confidence)
         return cross_entropy(logits, labels)
 
-    x_adv = ascend(
-        setting.function,
-        setting.model,
-        x,
-        y,
-        loss=objective,
-        eps=spec.eps,
-        step_size=spec.step_size or 0.0,
-        steps=steps,
-        random_start=start,
-        bounds=setting.bounds,
-        train_mode=False,
-        rng=None,
-        on_step=None if stop else watch,
-        settled=decided if stop else None,
-    )
+    step_size = spec.step_size or 0.0
+    ascent = Ascent(setting.model, x, spec.eps, step_size, steps, start, setting.bounds)
+    x_adv = ascent.run(objective, y, None if stop else watch, decided if stop else None)
     left = (path[:steps] == y).all(dim=0) if stop else torch.ones_like(y, dtype=torch.bool)
     if bool(left.any()):
         path[steps, left] = setting.classes(x_adv[left])

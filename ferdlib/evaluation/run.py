@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import ferdlib
 from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
-from ferdlib.attacks.engine import Model, checked_bounds
+from ferdlib.attacks.ascent import Model, checked_bounds
 from ferdlib.evaluation.batches import SIZES, Batches
 from ferdlib.evaluation.data import Block, Stream, device_of
 from ferdlib.evaluation.outcome import (
@@ -120,7 +120,7 @@ def evaluate(
     _checks.integer(function, "num_classes", num_classes, low=2)
     most, search = _checked_batch_size(function, batch_size)
     names = _names(function, "class_names", class_names, num_classes)
-    low, high = checked_bounds(function, bounds)
+    low, high = checked_bounds(bounds)
     custom = _checked_custom(function, protocol, custom)
     sizes = {attack.batch_size for attack in protocol.attacks if attack.kind == "autoattack"}
     if sizes and (low, high) != (0.0, 1.0):

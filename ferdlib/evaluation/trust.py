@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ferdlib import _oldchecks as _checks
 from ferdlib._modes import borrowed
+from ferdlib.attacks.ascent import Ascent, Model, checked_bounds
 from ferdlib.attacks.autoattack import square
-from ferdlib.attacks.engine import Model, ascend, checked_bounds
 from ferdlib.evaluation.batches import Batches
 from ferdlib.evaluation.data import Block, Stream, device_of
 from ferdlib.evaluation.outcome import Setting, attacked
@@ -123,7 +123,7 @@ def trust_checks(
     _checks.callable_(function, "model", model)
     protocol = resolve_protocol(function, protocol)
     _checks.integer(function, "num_classes", num_classes, low=2)
-    low, high = checked_bounds(function, bounds)
+    low, high = checked_bounds(bounds)
     _checks.integer(function, "batch_size", batch_size, low=1)
     from ferdlib.evaluation.report import RobustnessReport  # which has findings itself
 
@@ -275,21 +275,12 @@ def _rising(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
         def watch(step: int, _: Tensor, logits: Any) -> None:
             sums[step] = cross_entropy(logits, batch.targets).sum()
 
-        ascend(
-            setting.function,
-            setting.model,
-            batch.x,
-            batch.targets,
-            loss=cross_entropy,
-            eps=pgd.eps,
-            step_size=pgd.step_size or 0.0,
-            steps=steps,
-            random_start="uniform",
-            bounds=setting.bounds,
-            train_mode=False,
-            rng=rng,
-            on_step=watch,
+        step_size = pgd.step_size or 0.0
+        bounds = setting.bounds
+        ascent = Ascent(
+            setting.model, batch.x, pgd.eps, step_size, steps, "uniform", bounds, rng=rng
         )
+        ascent.run(cross_entropy, batch.targets, on_step=watch)
         return sums
 
     sums = torch.stack(setting.batches.over(block, along)).sum(dim=0)

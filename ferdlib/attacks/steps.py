@@ -1,0 +1,187 @@
+"""Least PGD steps: how long each sample withstands an attack, counted on the attack's own forwards."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
+from ferdlib.attacks.ascent import (
+    Ascent,
+    Loss,
+    Model,
+    OnStep,
+    RandomStart,
+    Stop,
+    logits_of,
+    misclassified,
+)
+from ferdlib.losses import cross_entropy
+
+COUNTS = ("first", "correct")
+
+
+class StepCounter:
+    r"""Count of the steps that fool the model, as the `on_step` of any attack (Fair-ARD Eq. 5, FERD Eq. 24).
+
+    $$d = \min\{t \in 0..K-1 : f(x^{(t)}) \ne y\}, \text{ and } K \text{ if there is none}$$
+
+    One counter is for one call of one attack. It reads the forwards that the attack makes anyway, so the
+    count costs nothing. Logits of a model that returns a tuple are its first entry. With an attack's
+    `early_stop` the samples that are left must be those that no iterate has fooled: the same labels.
+
+    Args:
+        labels: int64 `(N,)` that decide what is wrong.
+        steps: K >= 1 of the attack; x^(K) and later iterates are not counted.
+        count: "first" is the paper's first crossing; "correct" is the number of x^(0)..x^(K-1) that are
+            classified correctly, as Fair-ARD's release and GAIRAT count. They differ only where an
+            iterate crosses back.
+
+    Attributes:
+        counts: int64 `(N,)` in `0..steps`, complete after the attack.
+
+    Raises:
+        TypeError, ValueError: wrong labels, steps or count; outputs of the model that are not logits, or
+            not of as many samples.
+
+    Example:
+        >>> from ferdlib.attacks import utae_pgd
+        >>> def model(x):  # class 1 while the pixel is above 0.43
+        ...     return torch.stack([torch.full((len(x),), 0.43), x[:, 0, 0, 0]], dim=1)
+        >>> x, counter = torch.full((1, 1, 1, 1), 0.5), StepCounter(torch.tensor([1]), steps=10)
+        >>> x_adv = utae_pgd(model, x, step_size=0.02, eps=0.1, random_start=None, on_step=counter)
+        >>> counter.counts
+        tensor([4])
+    """
+
+    @public
+    def __init__(
+        self, labels: Tensor, steps: int, *, count: Literal["first", "correct"] = "first"
+    ) -> None:
+        _checks.labels(labels=labels)
+        _checks.integer(1, steps=steps)
+        _checks.choice(COUNTS, count=count)
+        self.labels, self.steps, self.count = labels, steps, count
+        self.counts = torch.full_like(labels, steps if count == "first" else 0)
+
+    @public
+    def __call__(self, step: int, x_adv: Tensor, logits: Any) -> None:
+        """Count x^(step), whose output of the model is `logits`."""
+        self.see(step, logits)
+
+    def see(self, step: int, logits: Any) -> None:
+        """Count an iterate; an error names no function, for attacks that count under their own name."""
+        z = logits_of(logits)
+        if step == 0:
+            _checks.labels(num_classes=z.shape[1], labels=self.labels)
+        if step >= self.steps:
+            return
+        rows = self._rows(len(z))
+        wrong, before = z.argmax(dim=1) != self.labels[rows], self.counts[rows]
+        if self.count == "correct":
+            after = before + ~wrong
+        else:
+            after = torch.where(wrong & (before == self.steps), step, before)
+        # Not in place: tensors made under `torch.inference_mode` could not be written to here.
+        self.counts = after if len(z) == len(self.labels) else self.counts.index_put((rows,), after)
+
+    def _rows(self, seen: int) -> Any:
+        """The rows that an attack still asks about: with `early_stop`, those that were never wrong."""
+        if seen == len(self.labels):
+            return slice(None)
+        left = (self.counts == self.steps).nonzero().squeeze(1)
+        if len(left) != seen or self.count == "correct":
+            raise InvalidValue(
+                f"expected `model(x)` of {len(self.labels)} samples, or with `early_stop` of the "
+                f"{len(left)} that are left, got {seen}"
+            )
+        return left
+
+
+@public
+def least_pgd_steps(
+    model: Model,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    labels: Tensor | None = None,
+    count: Literal["first", "correct"] = "first",
+    loss: Loss = cross_entropy,
+    eps: float | Tensor = 8 / 255,
+    step_size: float | Tensor = 2 / 255,
+    steps: int = 10,
+    random_start: RandomStart = "uniform",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    train_mode: bool = False,
+    rng: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+    early_stop: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""PGD with the least number of steps that fool the model (Fair-ARD Eq. 5, FERD Eq. 24).
+
+    `pgd` under a `StepCounter`. The last iterate x^(K) is not evaluated, so "fooled by the last step" and
+    "never fooled" are both K, as in the paper's Fig. 2. x^(0) is the random start.
+
+    Args:
+        labels: int64 `(N,)` that decide what is wrong; default `targets`, when those are labels. So an
+            attack on teacher logits can be counted too.
+        count: "first" crossing, or number of "correct" iterates; see `StepCounter`.
+        steps: K >= 1.
+        early_stop: leave a sample out after its first crossing, for the count alone, at less than the attack's
+            price; the images are then those that decided, x^(d) or x^(K-1). Not for "correct", which goes on.
+        model, x, targets, loss, eps, step_size, random_start, bounds, train_mode, rng, on_step: see
+            `pgd`; the model returns logits `(N, K)`, or a tuple that begins with them.
+
+    Returns:
+        The adversarial images of `pgd`, and the counts, int64 `(N,)` in `0..steps`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `pgd`; ValueError if `targets` are not labels and none
+            are given, for an unknown count, or for `early_stop` with "correct" or with `train_mode`.
+
+    Example:
+        >>> def model(x):  # class 1 while the pixel is above 0.43
+        ...     return torch.stack([torch.full((len(x),), 0.43), x[:, 0, 0, 0]], dim=1)
+        >>> x = torch.full((1, 1, 1, 1), 0.5)
+        >>> least_pgd_steps(model, x, torch.tensor([1]), eps=0.1, step_size=0.02, random_start=None)[1]
+        tensor([4])
+    """
+    _checks.choice(COUNTS, count=count)
+    _checks.integer(1, steps=steps)
+    ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
+    ascent.one_per_image(targets=targets)
+    if labels is not None:
+        _checks.labels(like=x, labels=labels)
+    elif targets.is_floating_point():
+        raise InvalidValue("expected `labels` beside `targets` that are not labels, got None")
+    else:
+        _checks.labels(like=x, targets=targets)
+    if on_step is not None:
+        _checks.callable_(on_step=on_step)
+    if early_stop and count == "correct":
+        raise InvalidValue(
+            "expected no `early_stop` with `count` 'correct', which goes on after the first crossing, got both"
+        )
+    truth = targets if labels is None else labels
+    counter = StepCounter(truth, steps, count=count)
+    stop = _decided(truth, steps, train_mode) if early_stop else None
+
+    def observe(step: int, x_adv: Tensor, output: Any) -> None:
+        counter.see(step, output)
+        if on_step is not None:
+            on_step(step, x_adv, output)
+
+    return ascent.run(loss, targets, observe, stop), counter.counts
+
+
+def _decided(labels: Tensor, steps: int, train_mode: bool) -> Stop:
+    """The early stop of a count: x^(K) is never counted, so no step need lead to it."""
+    wrong = misclassified(labels, train_mode)
+
+    def stop(step: int, rows: Tensor, output: Any) -> Tensor:
+        return wrong(step, rows, output) | (step == steps - 1)
+
+    return stop
