@@ -40,7 +40,6 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     alone. A generator function runs after the call that is watched here: check before it, not in it.
     """
 
-    @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
@@ -53,7 +52,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         except MissingFile as error:
             raise FileNotFoundError(f"{_name(function, args)}: {error}") from error.__cause__
 
-    return checked
+    # A code object of its own: torch.compile keeps at most eight programs of one, whatever it calls.
+    checked.__code__ = checked.__code__.replace(co_name=function.__name__)
+    return functools.wraps(function)(checked)
 
 
 def _name(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
@@ -79,17 +80,23 @@ def real(low: float = -math.inf, high: float = math.inf, /, **named: Any) -> Non
     """Finite numbers in `[low, high]`."""
     for name, value in named.items():
         _number(name, value)
-        if not math.isfinite(value) or not low <= value <= high:
-            left = f"({low:g}" if low == -math.inf else f"[{low:g}"
-            right = f"{high:g})" if high == math.inf else f"{high:g}]"
-            raise InvalidValue(f"expected `{name}` in {left}, {right}, got {value!r}")
+        # Comparisons, which torch.compile can follow where a number varies; it cannot `math.isfinite`.
+        if not (-math.inf < value < math.inf and low <= value <= high):
+            raise InvalidValue(f"expected `{name}` in {interval(low, high)}, got {value!r}")
+
+
+def interval(low: float, high: float) -> str:
+    """Write an interval, open where it is infinite."""
+    left = f"({low:g}" if low == -math.inf else f"[{low:g}"
+    right = f"{high:g})" if high == math.inf else f"{high:g}]"
+    return f"{left}, {right}"
 
 
 def positive(**named: Any) -> None:
     """Finite numbers above 0."""
     for name, value in named.items():
         _number(name, value)
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value < math.inf:
             raise InvalidValue(f"expected `{name}` in (0, inf), got {value!r}")
 
 

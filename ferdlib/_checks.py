@@ -6,6 +6,7 @@ only where it says so, and never inside a graph that `torch.compile` captures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from ferdlib._arguments import (
     got,
     instance,
     integer,
+    interval,
     keys,
     pair,
     path,
@@ -58,6 +60,7 @@ __all__ = [
     "positive",
     "public",
     "real",
+    "scalar",
     "state",
     "strings",
     "tensor",
@@ -159,16 +162,46 @@ def labels(*, num_classes: int | None = None, like: Tensor | None = None, **name
                 )
 
 
-def class_vector(**named: Any) -> None:
-    """Floats `(K,)`, K >= 2, one per class and finite; `nan` stands for a class without samples."""
+def scalar(**named: Any) -> None:
+    """Floats without dimensions."""
     floating(**named)
     for name, value in named.items():
-        if value.ndim != 1 or value.shape[0] < 2:
+        if value.ndim != 0:
             raise InvalidValue(
-                f"expected `{name}` of shape (K,) with K >= 2, got {tuple(value.shape)}"
+                f"expected `{name}` to be a scalar tensor, got shape {tuple(value.shape)}"
             )
+
+
+def class_vector(
+    low: float = -math.inf,
+    high: float = math.inf,
+    /,
+    *,
+    num_classes: int | None = None,
+    batched: bool = False,
+    **named: Any,
+) -> None:
+    """Floats `(K,)`, K >= 2, one per class, finite and in `[low, high]`; `nan` for a class without samples.
+
+    With `num_classes`, of that length; with `batched`, `(..., K)`.
+    """
+    floating(**named)
+    for name, value in named.items():
+        shape, wanted = tuple(value.shape), "(..., K)" if batched else "(K,)"
+        if not shape or shape[-1] < 2 or (len(shape) > 1 and not batched):
+            raise InvalidValue(f"expected `{name}` of shape {wanted} with K >= 2, got {shape}")
+        if num_classes is not None and shape[-1] != num_classes:
+            raise InvalidValue(f"expected `{name}` of shape ({num_classes},), got {shape}")
+        # The host reads one flag; only an error looks for more.
+        if bool((value.isnan() | value.isfinite() & (value >= low) & (value <= high)).all()):
+            continue
         if bool(value.isinf().any()):
             raise InvalidValue(f"expected finite `{name}` (nan for an absent class), got inf")
+        outside = value[(value < low) | (value > high)]
+        hint = "; divide percentages by 100" if high == 1 else ""
+        raise InvalidValue(
+            f"expected `{name}` in {interval(low, high)} (or nan), got {outside[0]:g}{hint}"
+        )
 
 
 def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) -> float | Tensor:

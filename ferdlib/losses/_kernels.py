@@ -1,0 +1,61 @@
+r"""The losses without their checks: logits `(N, K)` in float32 or wider, labels int64 `(N,)`, to `(N,)`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    r"""$-\log p_y$."""
+    return F.cross_entropy(z, y, reduction="none")
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    r"""$KL(p \| q)$; gradients flow into both."""
+    log_p, log_q = F.log_softmax(p_logits, dim=1), F.log_softmax(q_logits, dim=1)
+    # Logarithms throughout: that of a softmax which has rounded to 0 would be -inf.
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def rescaled_kl(p_logits: Tensor, q_logits: Tensor, t: float | Tensor) -> Tensor:
+    r"""$\tau^2 KL_\tau(p \| q)$, for a number or a column `(N, 1)` of temperatures."""
+    return (t**2 * kl(p_logits / t, q_logits / t)[:, None]).squeeze(1)
+
+
+def margin(z: Tensor, y: Tensor) -> Tensor:
+    r"""$z_y - \max_{j \ne y} z_j$."""
+    label = y[:, None]
+    # A label masked with 0 would beat all others where logits are negative.
+    others = z.scatter(1, label, -math.inf)
+    return z.gather(1, label).squeeze(1) - others.amax(dim=1)
+
+
+def uniformity(z: Tensor) -> Tensor:
+    r"""$KL(U \| p)$."""
+    return -F.log_softmax(z, dim=1).mean(dim=1) - math.log(z.shape[1])
+
+
+def confidence_penalty(z: Tensor) -> Tensor:
+    r"""$KL(p \| U)$."""
+    log_p = F.log_softmax(z, dim=1)
+    return (log_p.exp() * log_p).sum(dim=1) + math.log(z.shape[1])
+
+
+def pairwise_gap(difference: Tensor, w: Tensor) -> Tensor:
+    r"""$\sum_{j,k} w_j w_k (d_j - d_k)^2$ for weights of sum 1."""
+    # The variance around the weighted mean, twice: K terms and not K².
+    mean = (w * difference).sum(dim=1, keepdim=True)
+    return 2 * (w * (difference - mean).square()).sum(dim=1)
+
+
+def class_means(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean value of each class `(K,)`, 0 for an absent one, and which classes are present."""
+    member = F.one_hot(y, num_classes).bool()
+    counts = member.sum(dim=0)
+    # Selected, not multiplied: a NaN stays in its own class.
+    sums = torch.where(member, values[:, None], 0.0).sum(dim=0)
+    return sums / counts.clamp(min=1), counts > 0
