@@ -51,7 +51,7 @@ FREE = {
     **dict.fromkeys(("train_mode", "early_stop", "introspection", "detach_student"), "a flag"),
     **dict.fromkeys(("fold_batchnorm", "channels_last", "compile", "flip", "remargin"), "a flag"),
     **dict.fromkeys(("fast", "trust", "progress", "optimise_latents", "kl_mean"), "a flag"),
-    **dict.fromkeys(("reset_generator", "across_ranks"), "a flag"),
+    "reset_generator": "a flag",
     **dict.fromkeys(("xlabel", "ylabel", "weights_label", "accuracy_label"), "matplotlib's"),
     "ranks": "of a private class, given by the trainer",
 }

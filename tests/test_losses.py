@@ -1,7 +1,6 @@
-"""Every loss against its equation, in float64 NumPy or by hand."""
+"""Every loss against its equation in float64 NumPy, its derivative, and by hand."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -25,8 +24,21 @@ def own(z, y):
     return z[np.arange(len(y)), y]
 
 
-def best_other(z, y):
-    return np.array([max(z[i, j] for j in range(z.shape[1]) if j != y[i]) for i in range(len(z))])
+def ce(z, y):
+    return -own(log_softmax(z), y)
+
+
+def margin(z, y):
+    rivals = [max(z[i, j] for j in range(z.shape[1]) if j != y[i]) for i in range(len(z))]
+    return own(z, y) - np.array(rivals)
+
+
+def penalty(z):
+    return kl(z, 0 * z)
+
+
+def masked(s, t):
+    return kl(t, s) * (s.argmax(axis=1) == t.argmax(axis=1))
 
 
 def decoupled(s, t, temperature):
@@ -43,114 +55,264 @@ def decoupled(s, t, temperature):
     return np.array(values)
 
 
-def masked(s, t):
-    return kl(t, s) * (s.argmax(axis=1) == t.argmax(axis=1))
+def tau(y):
+    """A temperature for each label, exact in every dtype: a column in the equations."""
+    return 0.5 + y / 4 if isinstance(y, torch.Tensor) else (0.5 + y / 4)[:, None]
 
 
-# name: the call on (a, b, y), and its equation.
-EQUATIONS = {
-    "cross_entropy": (
-        lambda a, b, y: losses.cross_entropy(a, y),
-        lambda a, b, y: -own(log_softmax(a), y),
+def scaled(t, s, y):
+    return tau(y)[:, 0] ** 2 * kl(t / tau(y), s / tau(y))
+
+
+def trust(z, y, exponent):
+    return np.exp(-ce(z, y)) ** exponent
+
+
+class Case:
+    """A call of a loss by letters, and its equation on the same arrays.
+
+    a to d are logits and y labels. In distillation a is S(x), b is S(x~), c is T(x) and d is T(x~); MTARD has
+    T_nat(x) and T_adv(x~) in c and d, BAT has S(x_lc) and S(x_fa) in b and c.
+    """
+
+    def __init__(self, name, letters, equation, gradients="ab", **keywords):
+        self.name, self.letters, self.equation, self.keywords = name, letters, equation, keywords
+        self.gradients = [letter for letter in gradients if letter in letters]
+
+    def __call__(self, a, b, c, d, y):
+        found = {"a": a, "b": b, "c": c, "d": d, "y": y}
+        keywords = {k: v(y) if callable(v) else v for k, v in self.keywords.items()}
+        return getattr(losses, self.name)(*(found[letter] for letter in self.letters), **keywords)
+
+
+CASES = [
+    Case("cross_entropy", "ay", lambda a, b, c, d, y: ce(a, y)),
+    Case("kl_divergence", "ab", lambda a, b, c, d, y: kl(a, b)),
+    Case("kl_divergence", "ab", lambda a, b, c, d, y: kl(a / 3, b / 3), temperature=3.0),
+    Case("distillation", "ab", lambda a, b, c, d, y: kl(b, a)),
+    Case("distillation", "ab", lambda a, b, c, d, y: kl(b / tau(y), a / tau(y)), temperature=tau),
+    Case("margin", "ay", lambda a, b, c, d, y: margin(a, y)),
+    Case("cw_margin", "ay", lambda a, b, c, d, y: -np.maximum(margin(a, y) + 1, 0), confidence=1.0),
+    Case("uniformity", "a", lambda a, b, c, d, y: kl(0 * a, a)),
+    Case("confidence_penalty", "a", lambda a, b, c, d, y: penalty(a)),
+    Case(
+        "decoupled_kl",
+        "ab",
+        lambda a, b, c, d, y: decoupled(a, b, 2.0),
+        gradients="a",  # a part of the teacher's is cut
+        pair_temperature=2.0,
     ),
-    "kl_divergence": (lambda a, b, y: losses.kl_divergence(a, b), lambda a, b, y: kl(a, b)),
-    "temperature 3": (
-        lambda a, b, y: losses.kl_divergence(a, b, temperature=3.0),
-        lambda a, b, y: kl(a / 3, b / 3),
+    Case("masked_distillation", "ab", lambda a, b, c, d, y: masked(a, b)),
+    Case("ferd_distillation_loss", "abc", lambda a, b, c, d, y: (5 * kl(c, a) + kl(c, b)) / 6),
+    Case("trades", "aby", lambda a, b, c, d, y: ce(a, y) + 6 * kl(a, b)),
+    Case(
+        "trades",
+        "aby",
+        lambda a, b, c, d, y: ce(a, y) + 0.5 * kl(a, b),
+        beta=2.0,
+        kl_weight=0.25,
     ),
-    "distillation": (lambda a, b, y: losses.distillation(a, b), lambda a, b, y: kl(b, a)),
-    "margin": (lambda a, b, y: losses.margin(a, y), lambda a, b, y: own(a, y) - best_other(a, y)),
-    "cw_margin": (
-        lambda a, b, y: losses.cw_margin(a, y, confidence=1.0),
-        lambda a, b, y: -np.maximum(own(a, y) - best_other(a, y) + 1, 0),
+    Case("ard", "abcy", lambda a, b, c, d, y: 900 * kl(c / 30, b / 30)),
+    Case(
+        "ard",
+        "abcy",
+        lambda a, b, c, d, y: 0.25 * 9 * 0.1 * kl(c / 3, b / 3) + 0.75 * ce(a, y),
+        temperature=3,
+        alpha=0.25,
+        kl_weight=0.1,
     ),
-    "uniformity": (lambda a, b, y: losses.uniformity(a), lambda a, b, y: kl(np.zeros_like(a), a)),
-    "confidence_penalty": (
-        lambda a, b, y: losses.confidence_penalty(a),
-        lambda a, b, y: kl(a, np.zeros_like(a)),
+    Case(
+        "ard",
+        "abcy",
+        lambda a, b, c, d, y: (scaled(c, b, y) + ce(a, y)) / 2,
+        temperature=tau,
+        alpha=0.5,
     ),
-    "decoupled_kl": (
-        lambda a, b, y: losses.decoupled_kl(a, b, pair_temperature=2.0),
-        lambda a, b, y: decoupled(a, b, 2.0),
+    Case("rslad", "abc", lambda a, b, c, d, y: (5 * kl(c, b) + kl(c, a)) / 6),
+    Case(
+        "rslad",
+        "abc",
+        lambda a, b, c, d, y: 0.1 * (0.25 * kl(c, b) + 0.75 * kl(c, a)),
+        adv_weight=0.25,
+        kl_weight=0.1,
     ),
-    "masked_distillation": (
-        lambda a, b, y: losses.masked_distillation(a, b),
-        lambda a, b, y: masked(a, b),
+    Case("iad", "abcdy", lambda a, b, c, d, y: kl(c, b) + (1 - trust(d, y, 0.1)) * kl(a, b)),
+    Case(
+        "iad",
+        "abcdy",
+        lambda a, b, c, d, y: (
+            0.375 * (4 * kl(c / 2, b / 2) + (1 - trust(d, y, 1.5)) * kl(a, b)) + 0.25 * ce(a, y)
+        ),
+        temperature=2.0,
+        alpha=0.75,
+        exponent=1.5,
+        kl_weight=0.5,
     ),
-    "ferd_distillation_loss": (
-        lambda a, b, y: losses.ferd_distillation_loss(a, a.flip(0), b),
-        lambda a, b, y: 5 / 6 * kl(b, a) + 1 / 6 * kl(b, a[::-1]),
+    Case(
+        "iad",
+        "abcdy",
+        lambda a, b, c, d, y: scaled(c, b, y) + (1 - trust(d, y, 0.1)) * kl(a, b),
+        temperature=tau,
     ),
-}
-every_loss = pytest.mark.parametrize("name", EQUATIONS)
+    Case(
+        "iad",
+        "abcdy",
+        lambda a, b, c, d, y: (kl(c, b) + ce(a, y)) / 2,
+        alpha=0.5,
+        introspection=False,
+    ),
+    Case(
+        "iad",
+        "abcdy",
+        lambda a, b, c, d, y: kl(c, b) + (1 - trust(d, y, 0.1)) * kl(a, b),
+        gradients="b",
+        detach_student=True,
+    ),
+    Case("adaad", "abcd", lambda a, b, c, d, y: kl(d, b)),
+    Case(
+        "adaad",
+        "abcd",
+        lambda a, b, c, d, y: 0.1 * (0.75 * kl(d / 3, b / 3) + 0.25 * kl(c / 3, a / 3)),
+        alpha=0.75,
+        temperature=3.0,
+        kl_weight=0.1,
+    ),
+    Case("adaad", "abcd", lambda a, b, c, d, y: kl(d / tau(y), b / tau(y)), temperature=tau),
+    Case(
+        "absld",
+        "abc",
+        lambda a, b, c, d, y: (5 * kl(c / 2, b) + kl(c / 0.5, a)) / 6,
+        adv_temperature=2,
+        clean_temperature=0.5,
+    ),
+    Case(
+        "absld",
+        "abc",
+        lambda a, b, c, d, y: 0.1 * (0.25 * kl(c / tau(y), b) + 0.75 * kl(c / tau(y) / 2, a)),
+        adv_temperature=tau,
+        clean_temperature=lambda y: 2 * tau(y),
+        adv_weight=0.25,
+        kl_weight=0.1,
+    ),
+    Case("mtard", "abcd", lambda a, b, c, d, y: (kl(d, b) + kl(c, a)) / 2),
+    Case(
+        "mtard",
+        "abcd",
+        lambda a, b, c, d, y: 0.1 * (0.75 * kl(d, b) + 0.25 * kl(c, a)),
+        adv_weight=torch.tensor(0.75, dtype=torch.float64),
+        kl_weight=0.1,
+    ),
+    Case(
+        "bat",
+        "abcy",
+        lambda a, b, c, d, y: ce(b, y) + 6 * kl(a, c) + penalty(b) + penalty(c),
+        gradients="abc",
+    ),
+    Case(
+        "bat",
+        "abcy",
+        lambda a, b, c, d, y: ce(b, y) + 2 * kl(a, c) + 0.5 * (penalty(b) + penalty(c)),
+        gradients="abc",
+        beta=2.0,
+        uniform_weight=0.5,
+    ),
+]
+every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def inputs(n=7, k=5, *, dtype=torch.float64, scale=2.0, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    a, b = (scale * torch.randn(2, n, k, generator=rng, dtype=torch.float64)).to(dtype)
+    z = (scale * torch.randn(4, n, k, generator=rng, dtype=torch.float64)).to(dtype)
     # Half of the rows agree on the class, so that a mask has both values.
-    b[::2] = (a + b / 4)[::2]
-    return a, b, torch.randint(k, (n,), generator=rng)
+    z[1, ::2] = (z[0] + z[1] / 4)[::2]
+    return [*z, torch.randint(k, (n,), generator=rng)]
 
 
-def numpy(*tensors):
-    return [t.double().numpy() for t in tensors[:2]] + [t.numpy() for t in tensors[2:]]
+def numpy(z, y):
+    return [*(t.detach().double().numpy() for t in z), y.numpy()]
 
 
 @every_loss
 @pytest.mark.parametrize(("n", "k"), [(7, 2), (4, 3), (3, 10), (2, 100), (1, 5)])
-def test_value_is_the_equation(name, n, k):
-    call, equation = EQUATIONS[name]
-    arguments = inputs(n, k)
-    value = call(*arguments)
+def test_value_is_the_equation(case, n, k):
+    *z, y = inputs(n, k)
+    value = case(*z, y)
     assert value.shape == (n,)
     assert value.dtype == torch.float64
-    np.testing.assert_allclose(value.numpy(), equation(*numpy(*arguments)), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(value, case.equation(*numpy(z, y)), rtol=1e-9, atol=1e-10)
 
 
 @every_loss
-def test_gradient_is_the_derivative(name):
-    a, b, y = inputs(4, 3, seed=1)
-    detached = name in ("decoupled_kl", "ferd_distillation_loss")  # parts of these are constants
+def test_gradient_is_the_derivative_and_constants_get_none(case):
+    *z, y = inputs(4, 3, seed=1)
+    letters = dict(zip("abcd", z, strict=True))
+    free = [letters[letter].requires_grad_() for letter in case.gradients]
     torch.autograd.gradcheck(
-        lambda *z: EQUATIONS[name][0](*z, *([b] if detached else []), y),
-        [t.requires_grad_() for t in ([a] if detached else [a, b])],
+        lambda *free: case(*(letters | dict(zip(case.gradients, free, strict=True))).values(), y),
+        free,
     )
+    if case.name == "decoupled_kl":
+        return
+    case(*(t.requires_grad_() for t in z), y).sum().backward()
+    for letter, t in letters.items():
+        assert letter in case.gradients or t.grad is None or not t.grad.any()
 
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_half_precision_logits_are_computed_in_float32(name, dtype):
-    call, equation = EQUATIONS[name]
-    arguments = inputs(dtype=dtype)
-    value = call(*arguments)
+def test_half_precision_logits_are_computed_in_float32(case, dtype):
+    *z, y = inputs(dtype=dtype)
+    value = case(*z, y)
     assert value.dtype == torch.float32
-    expected = equation(*numpy(*arguments))
-    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-4, atol=1e-5)
+    # tau² amplifies the rounding of a divergence that is as much smaller.
+    tolerance = {"rtol": 1e-4, "atol": 1e-3 if case.name == "ard" else 1e-5}
+    np.testing.assert_allclose(value, case.equation(*numpy(z, y)), **tolerance)
 
 
 @every_loss
-def test_row_alone_is_row_in_batch(name):
-    a, b, y = inputs()
-    a[6] = a[0]  # ferd_distillation_loss reads the reversed batch: its rows 0 and 6 are then equal
-    b[6], y[6] = b[0], y[0]
-    call = EQUATIONS[name][0]
-    alone = call(a[:1], b[:1], y[:1])
-    torch.testing.assert_close(call(a, b, y)[:1], alone, rtol=1e-12, atol=1e-12)
+def test_row_alone_is_row_in_batch(case):
+    arguments = inputs()
+    alone = [case(*(t[i : i + 1] for t in arguments)) for i in range(7)]
+    torch.testing.assert_close(case(*arguments), torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
 @every_loss
-def test_extreme_logits_stay_finite(name):
-    call, equation = EQUATIONS[name]
+def test_extreme_logits_stay_finite(case):
     for scale in (1e4, -1e4):
         a = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]]) * scale
-        b, y = a.roll(1, dims=1), torch.tensor([0, 2, 1])
-        a.requires_grad_()
-        value = call(a, b, y)
-        (gradient,) = torch.autograd.grad(value.sum(), a)
-        assert gradient.isfinite().all()
-        expected = equation(*numpy(a.detach(), b, y))
-        np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+        z, y = [a.roll(shift, dims=1) for shift in (0, 1, 2, 1)], torch.tensor([0, 2, 1])
+        free = [z["abcd".index(letter)].requires_grad_() for letter in case.gradients]
+        value = case(*z, y)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(value.sum(), free))
+        expected = case.equation(*numpy(z, y))
+        np.testing.assert_allclose(value.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
+def test_the_whole_loss_compiles_and_its_numbers_may_vary(name, monkeypatch):
+    arguments = inputs(dtype=torch.float32)
+    cases = [case for case in CASES if case.name == name]
+    plain = [case(*arguments) for case in cases]
+    compiled = torch.compile(getattr(losses, name), fullgraph=True, backend="eager")
+    monkeypatch.setattr(losses, name, compiled)
+    for case, value in zip(cases, plain, strict=True):
+        assert torch.equal(case(*arguments), value)
+
+
+def test_losses_of_a_batch_compile():
+    *z, y = inputs(5, 4)
+    compiled = torch.compile(losses.ferd_generator_loss, fullgraph=True, backend="eager")
+    arguments = (z[0], z[1], y, z[2], z[0].mean())
+    assert compiled(*arguments) == losses.ferd_generator_loss(*arguments)
+    compiled = torch.compile(losses.class_variance, fullgraph=True, backend="eager")
+    plain = losses.class_variance(z[0][:, 0], y, num_classes=4)
+    assert torch.equal(compiled(z[0][:, 0], y, num_classes=4), plain)
+
+
+def test_every_loss_is_in_the_table():
+    others = {"BatchNormStatistics", "MTARDBalance", "class_temperatures"}
+    of_a_batch = {"ferd_generator_loss", "class_variance"}
+    assert {case.name for case in CASES} == set(losses.__all__) - others - of_a_batch
 
 
 LOG3 = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)  # p = (3/4, 1/4)
@@ -219,7 +381,7 @@ def test_gradient_of_uniformity_is_softmax_minus_uniform():
 
 
 def test_gradient_of_cross_entropy_and_margin():
-    a, _, y = inputs(4, 5)
+    a, *_, y = inputs(4, 5)
     a.requires_grad_()
     onehot = F.one_hot(y, 5).double()
     (gradient,) = torch.autograd.grad(losses.cross_entropy(a, y).sum(), a)
@@ -238,7 +400,7 @@ def test_cw_margin_is_the_negative_margin_until_the_clamp():
 
 
 def test_teacher_gradient_of_decoupled_kl_flows_through_the_gap_only():
-    s, t, _ = inputs(4, 3)
+    s, t, *_ = inputs(4, 3)
     t.requires_grad_()
     w = (t / 100).softmax(dim=1)
     gap = (t[:, :, None] - t[:, None, :]) - (s[:, :, None] - s[:, None, :])
@@ -250,7 +412,7 @@ def test_teacher_gradient_of_decoupled_kl_flows_through_the_gap_only():
 
 
 def test_distillation_turns_the_arguments_around():
-    a, b, _ = inputs()
+    a, b, *_ = inputs()
     t = torch.linspace(0.5, 4, 7, dtype=torch.float64)
     assert torch.equal(losses.distillation(a, b), losses.kl_divergence(b, a))
     assert not torch.allclose(losses.distillation(a, b), losses.kl_divergence(a, b))
@@ -260,7 +422,7 @@ def test_distillation_turns_the_arguments_around():
 
 @pytest.mark.parametrize("function", [losses.kl_divergence, losses.distillation])
 def test_temperature_may_differ_by_sample(function):
-    a, b, _ = inputs()
+    a, b, *_ = inputs()
     t = torch.linspace(0.5, 4, 7)
     rows = [function(a[i : i + 1], b[i : i + 1], temperature=t[i].item()) for i in range(7)]
     torch.testing.assert_close(function(a, b, temperature=t), torch.cat(rows))
@@ -269,7 +431,7 @@ def test_temperature_may_differ_by_sample(function):
 
 
 def test_no_hidden_factor_against_torch():
-    a, b, _ = inputs(6, 4)
+    a, b, *_ = inputs(6, 4)
     log_q, log_p = (b / 3).log_softmax(dim=1), (a / 3).log_softmax(dim=1)
     value = losses.kl_divergence(a, b, temperature=3.0)
     batchmean = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
@@ -288,7 +450,7 @@ def test_no_gradient_reaches_the_teacher_of_the_distillation_loss():
 
 
 def generator_inputs():
-    (teacher, student, y), nonrobust = inputs(6, 4), inputs(6, 4, seed=2)[0]
+    teacher, student, nonrobust, _, y = inputs(6, 4)
     return teacher, student, y, nonrobust, torch.tensor(0.7, dtype=torch.float64)
 
 
@@ -343,91 +505,3 @@ def test_gradients_of_the_generator_loss():
     divergence = (log_t.exp() * (log_t - log_s)).sum() / 6
     plain = F.cross_entropy(teacher, tensors[2]) - divergence
     torch.testing.assert_close(g_teacher, torch.autograd.grad(plain, teacher)[0])
-
-
-Z, Y = torch.zeros(3, 4), torch.tensor([0, 1, 2])
-WRONG_LOGITS = [
-    (Z.tolist(), TypeError),
-    (Z.long(), TypeError),
-    (Z[0], ValueError),
-    (Z[:, :1], ValueError),
-    (Z[None], ValueError),
-]
-WRONG_TARGETS = [
-    (Y.tolist(), TypeError),
-    (Y.int(), TypeError),
-    (Y[:2], ValueError),
-    (Y[:, None], ValueError),
-    (Y + 2, ValueError),
-    (Y - 1, ValueError),
-]
-WRONG_TEMPERATURE = [
-    (0.0, ValueError),
-    (-1.0, ValueError),
-    (math.nan, ValueError),
-    ("2", TypeError),
-    (torch.ones(2), ValueError),
-    (torch.tensor([1.0, 0.0, 1.0]), ValueError),
-    (torch.ones(3).long(), TypeError),
-]
-WRONG_WEIGHT = [(-1.0, ValueError), (math.inf, ValueError), (None, TypeError), (True, TypeError)]
-OTHER_SHAPE = [*WRONG_LOGITS, (torch.zeros(3, 5), ValueError), (torch.zeros(2, 4), ValueError)]
-GENERATOR = {
-    "teacher_logits": Z,
-    "student_logits": Z,
-    "targets": Y,
-    "nonrobust_logits": Z,
-    "batchnorm_loss": torch.tensor(0.0),
-}
-DISTILLATION = dict.fromkeys(("student_clean", "student_adv", "teacher_clean"), Z)
-# Each function: right arguments, and the wrong values of one at a time.
-CONTRACTS = {
-    "cross_entropy": ({"logits": Z, "targets": Y}, {}),
-    "margin": ({"logits": Z, "targets": Y}, {}),
-    "cw_margin": ({"logits": Z, "targets": Y}, {"confidence": WRONG_WEIGHT}),
-    "uniformity": ({"logits": Z}, {}),
-    "confidence_penalty": ({"logits": Z}, {}),
-    "kl_divergence": ({"p_logits": Z, "q_logits": Z}, {"temperature": WRONG_TEMPERATURE}),
-    "distillation": ({"logits": Z, "reference_logits": Z}, {"temperature": WRONG_TEMPERATURE}),
-    "masked_distillation": ({"logits": Z, "reference_logits": Z}, {}),
-    "decoupled_kl": (
-        {"student_logits": Z, "teacher_logits": Z},
-        {
-            "mse_weight": WRONG_WEIGHT,
-            "cross_entropy_weight": WRONG_WEIGHT,
-            "pair_temperature": [(0.0, ValueError), (-1.0, ValueError), ("2", TypeError)],
-        },
-    ),
-    "ferd_distillation_loss": (
-        DISTILLATION,
-        {"clean_weight": WRONG_WEIGHT, "adv_weight": WRONG_WEIGHT},
-    ),
-    "ferd_generator_loss": (
-        GENERATOR,
-        {
-            **{f"{w}_weight": WRONG_WEIGHT for w in ("adv", "bn", "onehot", "uniformity")},
-            "batchnorm_loss": [(0.5, TypeError), (torch.zeros(2), ValueError)],
-        },
-    ),
-}
-
-
-def wrong_calls():
-    for name, (right, more) in CONTRACTS.items():
-        wrong = {"targets": WRONG_TARGETS, "batchnorm_loss": []}
-        pairs = len([argument for argument in right if argument not in wrong]) > 1
-        for argument in right | more:
-            default = OTHER_SHAPE if pairs else WRONG_LOGITS
-            for value, kind in more.get(argument, wrong.get(argument, default)):
-                yield pytest.param(name, right | {argument: value}, argument, kind)
-
-
-@pytest.mark.parametrize(("name", "arguments", "argument", "kind"), list(wrong_calls()))
-def test_errors_name_the_function_and_the_argument(name, arguments, argument, kind):
-    with pytest.raises(kind, match=rf"^{re.escape(name)}: expected .*`{argument}`"):
-        getattr(losses, name)(**arguments)
-
-
-@pytest.mark.parametrize("name", CONTRACTS)
-def test_the_right_arguments_of_the_error_tests_are_right(name):
-    getattr(losses, name)(**CONTRACTS[name][0])

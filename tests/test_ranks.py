@@ -10,6 +10,7 @@ from ferdlib._ranks import Shard
 from ferdlib.attacks import pgd
 from ferdlib.augment import crop_flip
 from ferdlib.bottleneck import noise_scale
+from ferdlib.distributed import sum_over_ranks
 from ferdlib.evaluation import PROTOCOLS, evaluate, gather, share
 from ferdlib.models import small_cnn
 
@@ -65,7 +66,9 @@ def statistics(rank, size):
     """Loss and gradient of a factor of the images, averaged over ranks as DistributedDataParallel does."""
     x = images(12)[rank * (12 // size) : (rank + 1) * (12 // size)]
     factor = torch.full((1, 1, 8, 8), 0.7, dtype=torch.float64, requires_grad=True)
-    with losses.BatchNormStatistics(net := model(), across_ranks=size > 1) as found:
+    with losses.BatchNormStatistics(
+        net := model(), reduce=sum_over_ranks if size > 1 else None
+    ) as found:
         net(x * factor)
     (gradient,) = torch.autograd.grad(found.loss(), factor)
     if size > 1:
@@ -90,7 +93,7 @@ def test_shares_of_different_sizes():
 
 def uneven(rank, size):
     x = images(12)[:3] if rank == 0 else images(12)[3:]
-    with losses.BatchNormStatistics(net := model(), across_ranks=True) as found:
+    with losses.BatchNormStatistics(net := model(), reduce=sum_over_ranks) as found:
         net(x * 0.7)
     return found.loss().detach()
 

@@ -1,8 +1,8 @@
-"""What robust distillation and fair training balance while they run.
+"""Quantities that robust distillation and fair training balance while they run.
 
-Between classes their temperatures (ABSLD) and the variance of their losses (FAT), between two
-teachers the weights of their losses (MTARD). Everything raises TypeError for what is no float tensor
-or number where one is due, ValueError for wrong shapes, labels or numbers out of range.
+Between classes: their temperatures (ABSLD) and the variance of their losses (FAT). Between two
+teachers: the weights of their losses (MTARD). All raise TypeError for a tensor that is not float and a
+number of another type, ValueError for wrong shapes, labels or numbers out of range.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
+from ferdlib.losses import _kernels
 
 
+@public
 def class_temperatures(
     temperatures: Tensor,
     class_losses: Tensor,
@@ -46,25 +48,23 @@ def class_temperatures(
         >>> class_temperatures(torch.ones(3), torch.tensor([1.0, 2.0, 6.0]))  # gaps -2, -1, 3
         tensor([1.0667, 1.0333, 0.9000])
     """
-    name = "class_temperatures"
-    tau = _checks.class_vector(name, temperatures, argument="temperatures")
-    losses = _checks.class_vector(name, class_losses, argument="class_losses")
-    _checks.same_shape(name, temperatures=tau, class_losses=losses)
-    if not bool((tau > 0).all()):
-        raise ValueError(f"{name}: expected `temperatures` > 0, got {tau.tolist()}")
-    r = _checks.number(name, "rate", rate, low=0.0)
-    least = _checks.number(name, "low", low, low=0.0, open_low=True)
-    most = _checks.number(name, "high", high, low=least)
-    losses = losses.to(tau.device, torch.float64)
-    absent = losses.isnan()
-    present = losses[~absent]
+    _checks.class_vector(class_losses=class_losses)
+    _checks.class_vector(num_classes=len(class_losses), temperatures=temperatures)
+    _checks.real(0, rate=rate)
+    _checks.positive(low=low)
+    _checks.real(low, high=high)
+    if not bool((temperatures > 0).all()):
+        raise InvalidValue(f"expected `temperatures` > 0, got {temperatures.tolist()}")
+    losses, tau = class_losses.to(temperatures.device, torch.float64), temperatures.double()
+    present = losses[~losses.isnan()]
     if not len(present) or bool(present.min() == present.max()):
-        return tau.clone()
+        return temperatures.clone()
     gap = losses - present.mean()
-    moved = (tau.double() - r * gap / gap[~absent].abs().max()).clamp(least, most)
-    return torch.where(absent, tau.double(), moved).to(tau.dtype)
+    moved = (tau - rate * gap / gap.nan_to_num().abs().max()).clamp(low, high)
+    return torch.where(losses.isnan(), tau, moved).to(temperatures.dtype)
 
 
+@public
 def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: int = 1) -> Tensor:
     r"""FAT's regulariser, the variance over classes of their mean loss, $\sum_c (l_c - \bar l)^2 / (C - ddof)$.
 
@@ -84,20 +84,18 @@ def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: i
         >>> class_variance(values, targets, num_classes=10)  # of the means 2 and 5
         tensor(4.5000)
     """
-    name = "class_variance"
-    losses = _checks.floating(name, "values", values)
-    if losses.ndim != 1:
-        raise ValueError(f"{name}: expected `values` of shape (N,), got {tuple(losses.shape)}")
-    k = _checks.integer(name, "num_classes", num_classes, low=2)
-    _checks.labels(name, targets, length=len(losses), num_classes=k, device=losses.device)
-    member = F.one_hot(targets, k).bool()
-    counts = member.sum(dim=0)
-    present = counts > 0
-    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    means = torch.where(member, losses[:, None], 0.0).sum(dim=0) / counts.clamp(min=1)
-    average = means.sum() / present.sum().clamp(min=1)
-    squares = torch.where(present, means - average, 0.0).square().sum()
-    freedom = present.sum() - _checks.integer(name, "ddof", ddof, low=0)
+    _checks.floating(values=values)
+    if values.ndim != 1:
+        raise InvalidValue(f"expected `values` of shape (N,), got {tuple(values.shape)}")
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(0, ddof=ddof)
+    _checks.labels(targets=targets, like=values, num_classes=num_classes)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    means, present = _kernels.class_means(values, targets, num_classes)
+    classes = present.sum()
+    squares = torch.where(present, means - means.sum() / classes.clamp(min=1), 0.0).square().sum()
+    freedom = classes - ddof
+    # Nothing here reads a value on the host, which would stall an accelerator at every step.
     return torch.where(freedom > 0, squares / freedom.clamp(min=1), 0.0)
 
 
@@ -110,7 +108,7 @@ class MTARDBalance:
 
     L(0) are the losses of the first `update`, one batch, so it belongs into a checkpoint. Nothing is
     read back from an accelerator but at that first update. Two losses of 0, or one that is not
-    finite, leave the weights alone. Where several processes train, average the losses over them.
+    finite, leave the weights alone. If several processes train, average the losses over them.
 
     Args:
         rate: r in [0, 1], an attribute to schedule: the release divides it by 10 at epochs 215, 260
@@ -131,34 +129,31 @@ class MTARDBalance:
         tensor(0.3750, dtype=torch.float64)
     """
 
+    @public
     def __init__(self, *, rate: float = 0.025, exponent: float = 1.0) -> None:
-        self.rate = rate
-        self.exponent = _checks.number("MTARDBalance", "exponent", exponent, low=0.0)
+        _checks.real(0, 1, rate=rate)
+        _checks.real(0, exponent=exponent)
+        self.rate, self.exponent = rate, exponent
         self.clean_weight = torch.tensor(0.5, dtype=torch.float64)
         self.initial_losses = torch.empty(0, dtype=torch.float64)
-
-    @property
-    def rate(self) -> float:
-        return self._rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self._rate = _checks.number("MTARDBalance", "rate", value, low=0.0, high=1.0)
 
     @property
     def adv_weight(self) -> Tensor:
         return 1 - self.clean_weight
 
+    @public
     def update(self, adv_loss: Tensor, clean_loss: Tensor) -> tuple[Tensor, Tensor]:
-        """From the batch means of both losses, the weights `(adv_weight, clean_weight)` of this batch."""
-        adv = _scalar("MTARDBalance", "adv_loss", adv_loss).double()
-        clean = _scalar("MTARDBalance", "clean_loss", clean_loss).to(adv)
-        now = torch.stack([adv, clean])
+        """Move the weights by the batch means of both losses; return `(adv_weight, clean_weight)`."""
+        _checks.scalar(adv_loss=adv_loss, clean_loss=clean_loss)
+        _checks.real(0, 1, rate=self.rate)  # a schedule may have set it
+        now = torch.stack(
+            [loss.detach().to(adv_loss.device).double() for loss in (adv_loss, clean_loss)]
+        )
         if not len(self.initial_losses):
             if not bool((now.isfinite() & (now > 0)).all()):
-                raise ValueError(
-                    "MTARDBalance: expected finite `adv_loss` and `clean_loss` > 0 at the first update, "
-                    f"which later ones are divided by, got {now.tolist()}"
+                raise InvalidValue(
+                    "expected finite `adv_loss` and `clean_loss` > 0 at the first update, which later "
+                    f"ones are divided by, got {now.tolist()}"
                 )
             self.initial_losses = now
         # A divergence of 0 may round to just below it, and a power of that be nan.
@@ -171,33 +166,23 @@ class MTARDBalance:
         return self.adv_weight, self.clean_weight
 
     def state_dict(self) -> dict[str, Any]:
-        """All that continuing needs: two tensors and the rate."""
+        """Two tensors and the rate: all that continuing needs."""
         return {
             "clean_weight": self.clean_weight.clone(),
             "initial_losses": self.initial_losses.clone(),
             "rate": self.rate,
         }
 
+    @public
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        _checks.mapping("MTARDBalance", "state", state, self.state_dict())
-        weight = _scalar("MTARDBalance", "clean_weight", state["clean_weight"])
-        initial = _checks.floating("MTARDBalance", "initial_losses", state["initial_losses"])
+        """Continue from a state that `state_dict` returned."""
+        _checks.keys(self.state_dict(), state=state)
+        _checks.scalar(clean_weight=state["clean_weight"])
+        _checks.floating(initial_losses=(initial := state["initial_losses"]))
+        _checks.real(0, 1, rate=state["rate"])
         if initial.shape not in ((0,), (2,)):
-            raise ValueError(
-                "MTARDBalance: expected `initial_losses` of shape (0,) or (2,), got "
-                f"{tuple(initial.shape)}"
-            )
+            shape = tuple(initial.shape)
+            raise InvalidValue(f"expected `initial_losses` of shape (0,) or (2,), got {shape}")
         self.rate = state["rate"]
-        self.clean_weight = weight.double().clone()
+        self.clean_weight = state["clean_weight"].detach().double().clone()
         self.initial_losses = initial.detach().double().clone()
-
-
-def _scalar(function: str, argument: str, value: object) -> Tensor:
-    """A float tensor without dimensions, without its gradient."""
-    scalar = _checks.floating(function, argument, value)
-    if scalar.ndim != 0:
-        raise ValueError(
-            f"{function}: expected `{argument}` to be a scalar tensor, got shape {tuple(scalar.shape)}"
-        )
-    return scalar.detach()

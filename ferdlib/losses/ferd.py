@@ -1,4 +1,8 @@
-"""The losses of FERD: BatchNorm statistics (Eq. 8), generator (Eq. 9), distillation (Eq. 11)."""
+"""The losses of FERD: BatchNorm statistics (Eq. 8), generator (Eq. 9), distillation (Eq. 11).
+
+The functions take float logits `(N, K)` of one shape and int64 labels `(N,)`. They raise TypeError for other
+dtypes, ValueError for other shapes, labels out of range and negative weights.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ferdlib import _oldchecks as _checks
-from ferdlib._ranks import sum_over_ranks
-from ferdlib.losses.basic import cross_entropy, distillation, labels_of, uniformity
+from ferdlib import _checks
+from ferdlib._checks import InvalidState, InvalidValue, public
+from ferdlib.losses import _kernels
+from ferdlib.losses.distillation import distillation
+
+Reduce = Callable[[Tensor], Tensor]
 
 
 class BatchNormStatistics:
-    r"""How far a batch is from what a model's BatchNorm layers remember (FERD Eq. 8, $L_{bn}$).
+    r"""Distance of a batch's statistics from those a model's BatchNorm layers remember (FERD Eq. 8, $L_{bn}$).
 
     $$L_{bn} = \sum_l \|\mu_l(x) - \mu_l\|_2 + \|\sigma^2_l(x) - \sigma^2_l\|_2$$
 
@@ -26,22 +33,20 @@ class BatchNormStatistics:
     forward never reaches contribute nothing.
 
     Use it as a context manager around one forward; `loss()` keeps the graph, and stays readable
-    after the block. Leave the block before any layer fires again: a second forward replaces what the
-    first one left.
+    after the block. Leave the block before any layer fires again: a second forward replaces the
+    statistics of the first.
 
     Args:
         model: a module with at least one BatchNorm layer that tracks running statistics. It should
             be in eval mode, or its running statistics move with the batch that is compared to them.
-        across_ranks: take the statistics of the batches of all processes of `torch.distributed` together.
-            Every process must run the forward. Gradients are those of a loss that each process adds to a sum, as
-            DistributedDataParallel's mean of gradients wants it.
+        reduce: sums a tensor over processes, with gradients: the statistics are then those of all
+            processes' batches together, and every process must run the forward.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `reduce` not callable.
         ValueError: no BatchNorm layer, or one without running statistics (it is named).
 
     Example:
-        >>> import torch
         >>> model = nn.Sequential(nn.BatchNorm2d(2)).eval()  # remembers mean 0, variance 1
         >>> with BatchNormStatistics(model) as statistics:
         ...     _ = model(torch.ones(3, 2, 4, 4))  # mean 1, variance 0 in both channels
@@ -49,23 +54,23 @@ class BatchNormStatistics:
         tensor(2.8284)
     """
 
-    def __init__(self, model: nn.Module, *, across_ranks: bool = False) -> None:
-        _checks.module("BatchNormStatistics", "model", model)
-        self._model = model
-        self._across_ranks = across_ranks
-        self._layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        if not self._layers:
-            raise ValueError(
-                "BatchNormStatistics: expected `model` to have BatchNorm layers, got "
-                f"{type(model).__name__} without any"
-            )
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is None:
-                raise ValueError(
-                    f"BatchNormStatistics: expected `model` to track running statistics, got layer "
-                    f"{name!r} with track_running_stats=False"
+    @public
+    def __init__(self, model: nn.Module, *, reduce: Reduce | None = None) -> None:
+        _checks.module(model=model)
+        if reduce is not None:
+            _checks.callable_(reduce=reduce)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+        if not layers:
+            kind = type(model).__name__
+            raise InvalidValue(f"expected `model` to have BatchNorm layers, got {kind} without any")
+        for name, layer in layers.items():
+            if layer.running_mean is None:
+                raise InvalidValue(
+                    f"expected `model` to track running statistics, got layer {name!r} with "
+                    "track_running_stats=False"
                 )
-        self._seen: dict[_BatchNorm, Tensor] = {}
+        self._model, self._layers, self._reduce = model, list(layers.values()), reduce
+        self._seen: dict[nn.Module, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -86,19 +91,15 @@ class BatchNormStatistics:
     def _restart(self, module: nn.Module, inputs: Any) -> None:
         self._seen.clear()
 
-    def _compare(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, _BatchNorm)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
+    def _compare(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        reduced = [d for d in range(x.ndim) if d != 1]
-        variance, mean = torch.var_mean(x, dim=reduced, correction=0)
-        if self._across_ranks:
-            variance, mean = _of_all_ranks(variance, mean, x.numel() // x.shape[1])
-        self._seen[layer] = torch.linalg.vector_norm(
-            mean - layer.running_mean
-        ) + torch.linalg.vector_norm(variance - layer.running_var)
+        variance, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
+        if self._reduce is not None:
+            variance, mean = _pooled(variance, mean, x.numel() // x.shape[1], self._reduce)
+        norm = torch.linalg.vector_norm
+        self._seen[layer] = norm(mean - layer.running_mean) + norm(variance - layer.running_var)
 
+    @public
     def loss(self) -> Tensor:
         """$L_{bn}$ of the last forward inside the block, a scalar with its graph.
 
@@ -106,53 +107,41 @@ class BatchNormStatistics:
             RuntimeError: no BatchNorm layer has fired inside the block.
         """
         if not self._seen:
-            raise RuntimeError(
-                "BatchNormStatistics.loss: expected a forward of the model inside the `with` block, "
-                "got none that reached a BatchNorm layer"
+            raise InvalidState(
+                "expected a forward of the model inside the `with` block, got none that reached a "
+                "BatchNorm layer"
             )
         return torch.stack(list(self._seen.values())).sum()
 
 
-def _of_all_ranks(variance: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of the samples of all processes, from each one's own and their number."""
-    n = torch.full((1,), float(count), dtype=mean.dtype, device=mean.device)
-    sums = sum_over_ranks(torch.cat([n, n * mean]))
+def _pooled(variance: Tensor, mean: Tensor, count: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean over all processes, from each one's own and their number of values."""
+    n = mean.new_full((1,), float(count))
+    sums = reduce(torch.cat([n, n * mean]))
     common = sums[1:] / sums[0].detach()
-    # Squares around the common mean, of which few digits are lost.
-    squares = sum_over_ranks(n * (variance + (mean - common).square()))
+    # Squares around the common mean: around 0, large means would cost the digits of the variance.
+    squares = reduce(n * (variance + (mean - common).square()))
     return squares / sums[0].detach(), common
 
 
+@public
 def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
     r"""`distillation` where model and reference predict the same class, 0 elsewhere (CMI, Fast).
 
     $$\mathbb 1[\arg\max z = \arg\max z_{ref}] \, KL(p_{ref} \| p)$$
 
-    Args:
-        logits: `(N, K)`, the student's.
-        reference_logits: `(N, K)`, the teacher's.
-
-    Returns:
-        `(N,)`, in nats, at least 0 up to rounding.
-
-    Raises:
-        TypeError: logits that are not float.
-        ValueError: shapes that differ.
+    The student's logits come first. In nats, `(N,)`. Errors as the module says.
 
     Example:
-        >>> import torch
         >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> masked_distillation(student, teacher)  # they disagree
         tensor([0.])
     """
-    name = "masked_distillation"
-    z = _checks.logits(name, logits)
-    reference = _checks.logits(name, reference_logits, argument="reference_logits")
-    _checks.alike(name, logits=z, reference_logits=reference)
-    agree = z.argmax(dim=1) == reference.argmax(dim=1)
-    return distillation(z, reference) * agree
+    z, reference = _checks.logits(logits=logits, reference_logits=reference_logits)
+    return _kernels.kl(reference, z) * (z.argmax(dim=1) == reference.argmax(dim=1))
 
 
+@public
 def ferd_generator_loss(
     teacher_logits: Tensor,
     student_logits: Tensor,
@@ -176,61 +165,49 @@ def ferd_generator_loss(
     its minus sign, and says that it encourages divergence; only with the sign does it.
 
     Args:
-        teacher_logits: `(N, K)`, $f^T(x)$.
-        student_logits: `(N, K)`, $f^S(x)$.
-        targets: int64 labels `(N,)` that the images were synthesised for.
-        nonrobust_logits: `(N, K)` from `bottleneck.nonrobust_logits`; None leaves the part out.
+        teacher_logits, student_logits: $f^T(x)$ and $f^S(x)$.
+        targets: the labels that the images were synthesised for.
+        nonrobust_logits: those of `bottleneck.nonrobust_logits`; None leaves the part out.
         batchnorm_loss: the scalar of `BatchNormStatistics.loss`.
         adv_weight, bn_weight, onehot_weight, uniformity_weight: the four $\lambda \ge 0$.
-        divergence: what $L_{adv}$ grows, called as `divergence(student_logits, teacher_logits)`:
-            `distillation`, `masked_distillation` or `decoupled_kl`.
+        divergence: the distance that $L_{adv}$ grows, called as `divergence(student_logits,
+            teacher_logits)`: `distillation`, `masked_distillation` or `decoupled_kl`.
 
     Returns:
         The weighted total, and the four unweighted parts by name: `adversarial` (at most 0 for a
         KL), `batchnorm`, `onehot`, `uniformity`. All are scalars with their graph.
 
-    Raises:
-        TypeError: logits that are not float, labels that are not int64.
-        ValueError: wrong shapes, labels out of range, or a negative weight.
+    Raises: as the module says.
 
     Example:
-        >>> import torch
         >>> z, y = torch.zeros(3, 2), torch.tensor([0, 1, 1])
         >>> total, parts = ferd_generator_loss(z, z, y, z, torch.tensor(0.1))
         >>> total  # 5 * 0.1 + log 2
         tensor(1.1931)
     """
-    name = "ferd_generator_loss"
-    weights = {
-        "adversarial": _checks.number(name, "adv_weight", adv_weight, low=0.0),
-        "batchnorm": _checks.number(name, "bn_weight", bn_weight, low=0.0),
-        "onehot": _checks.number(name, "onehot_weight", onehot_weight, low=0.0),
-        "uniformity": _checks.number(name, "uniformity_weight", uniformity_weight, low=0.0),
-    }
-    teacher = _checks.logits(name, teacher_logits, argument="teacher_logits")
-    student = _checks.logits(name, student_logits, argument="student_logits")
-    _checks.alike(name, teacher_logits=teacher, student_logits=student)
-    labels_of(name, targets, teacher)
-    _checks.callable_(name, "divergence", divergence)
-    if _checks.floating(name, "batchnorm_loss", batchnorm_loss).ndim != 0:
-        raise ValueError(
-            f"{name}: expected `batchnorm_loss` to be a scalar tensor, got shape "
-            f"{tuple(batchnorm_loss.shape)}"
-        )
+    given = {} if nonrobust_logits is None else {"nonrobust_logits": nonrobust_logits}
+    teacher, student, *nonrobust = _checks.logits(
+        teacher_logits=teacher_logits, student_logits=student_logits, **given
+    )
+    _checks.labels(targets=targets, like=teacher, num_classes=teacher.shape[1])
+    _checks.scalar(batchnorm_loss=batchnorm_loss)
+    _checks.real(0, adv_weight=adv_weight, bn_weight=bn_weight)
+    _checks.real(0, onehot_weight=onehot_weight, uniformity_weight=uniformity_weight)
+    _checks.callable_(divergence=divergence)
     parts = {
         "adversarial": -divergence(student, teacher).mean(),
         "batchnorm": batchnorm_loss,
-        "onehot": cross_entropy(teacher, targets).mean(),
-        "uniformity": teacher.new_zeros(()),
+        "onehot": _kernels.cross_entropy(teacher, targets).mean(),
+        "uniformity": (
+            _kernels.uniformity(nonrobust[0]).mean() if nonrobust else teacher.new_zeros(())
+        ),
     }
-    if nonrobust_logits is not None:
-        nonrobust = _checks.logits(name, nonrobust_logits, argument="nonrobust_logits")
-        _checks.alike(name, teacher_logits=teacher, nonrobust_logits=nonrobust)
-        parts["uniformity"] = uniformity(nonrobust).mean()
-    total = torch.stack([weights[key] * part for key, part in parts.items()]).sum()
-    return total, parts
+    weights = (adv_weight, bn_weight, onehot_weight, uniformity_weight)
+    weighted = [w * part for w, part in zip(weights, parts.values(), strict=True)]
+    return torch.stack(weighted).sum(), parts
 
 
+@public
 def ferd_distillation_loss(
     student_clean: Tensor,
     student_adv: Tensor,
@@ -244,38 +221,21 @@ def ferd_distillation_loss(
     $$\lambda_1 KL(f^T(x) \| f^S(x)) + \lambda_2 KL(f^T(x) \| f^S(x_U))$$
 
     The paper and its release weigh the clean term by 5/6; RSLAD, where the numbers come from, gives
-    5/6 to the adversarial one.
+    5/6 to the adversarial one. In nats, `(N,)`; take the mean for Eq. 11. Errors as the module says.
 
     Args:
-        student_clean: `(N, K)`, the student on the images.
-        student_adv: `(N, K)`, the student on their adversarial examples.
-        teacher_clean: `(N, K)`, the teacher on the images; no gradient flows into it.
-        clean_weight: $\lambda_1 \ge 0$.
-        adv_weight: $\lambda_2 \ge 0$.
-
-    Returns:
-        `(N,)`, in nats; take the mean for Eq. 11.
-
-    Raises:
-        TypeError: logits that are not float.
-        ValueError: shapes that differ, or a negative weight.
+        student_clean, student_adv: the student on the images and on their adversarial examples.
+        teacher_clean: the teacher on the images; no gradient flows into it.
+        clean_weight, adv_weight: $\lambda_1, \lambda_2 \ge 0$.
 
     Example:
-        >>> import torch
-        >>> teacher = torch.tensor([[1.0986, 0.0]])
+        >>> teacher = torch.tensor([[3.0, 1.0]]).log()
         >>> ferd_distillation_loss(torch.zeros(1, 2), teacher, teacher)  # 5/6 * 0.1308
         tensor([0.1090])
     """
-    name = "ferd_distillation_loss"
-    clean = _checks.number(name, "clean_weight", clean_weight, low=0.0)
-    adversarial = _checks.number(name, "adv_weight", adv_weight, low=0.0)
-    named = {
-        "student_clean": _checks.logits(name, student_clean, argument="student_clean"),
-        "student_adv": _checks.logits(name, student_adv, argument="student_adv"),
-        "teacher_clean": _checks.logits(name, teacher_clean, argument="teacher_clean").detach(),
-    }
-    _checks.alike(name, **named)
-    teacher = named["teacher_clean"]
-    return clean * distillation(named["student_clean"], teacher) + adversarial * distillation(
-        named["student_adv"], teacher
+    clean, adv, teacher = _checks.logits(
+        student_clean=student_clean, student_adv=student_adv, teacher_clean=teacher_clean
     )
+    _checks.real(0, clean_weight=clean_weight, adv_weight=adv_weight)
+    teacher = teacher.detach()
+    return clean_weight * _kernels.kl(teacher, clean) + adv_weight * _kernels.kl(teacher, adv)

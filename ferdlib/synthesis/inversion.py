@@ -16,6 +16,7 @@ from ferdlib import bottleneck, losses
 from ferdlib._modes import borrowed
 from ferdlib._ranks import Ranks, drawn, source
 from ferdlib.bottleneck import Part
+from ferdlib.distributed import sum_over_ranks
 from ferdlib.synthesis.health import NonFiniteError, first_bad, is_finite
 from ferdlib.synthesis.source import sample_labels
 
@@ -234,7 +235,8 @@ class Inversion:
             watched: Sequence[nn.Module] = ()
             if self.bn_weight > 0:
                 watched = (self.teacher, student) if self.bn_models == "both" else (self.teacher,)
-            statistics_of = partial(losses.BatchNormStatistics, across_ranks=self.ranks.size > 1)
+            reduce = sum_over_ranks if self.ranks.size > 1 else None
+            statistics_of = partial(losses.BatchNormStatistics, reduce=reduce)
             with ExitStack() as hooks:
                 statistics = [hooks.enter_context(statistics_of(m)) for m in watched]
                 z = self.features(x)

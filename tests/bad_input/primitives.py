@@ -190,7 +190,7 @@ case(
     num_classes=integer(K, 2),
     ddof=integer(1, 0),
 ).that(empty=lambda result: result == 0)
-case("losses.BatchNormStatistics", model=module())
+case("losses.BatchNormStatistics", model=module(), reduce=optional(function(lambda value: value)))
 case("losses.MTARDBalance", rate=number(0.1, 0.0, 1.0), exponent=WEIGHT)
 case(
     "losses.MTARDBalance.update",
