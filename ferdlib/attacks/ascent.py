@@ -227,7 +227,7 @@ def _total(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     total = values.to(torch.promote_types(values.dtype, torch.float32)).sum()
     if not total.requires_grad:
         raise InvalidValue(
-            "expected a loss that depends on the images, got one without a gradient; does the model "
+            "expected a loss that depends on the images, got one without a gradient; does `model` "
             "detach, or run under no_grad?"
         )
     return total

@@ -66,6 +66,7 @@ def load_robustbench(
     """
     name = _checks.path("path", path).stem if name is None else name
     _checks.choice(list(PUBLISHED), name=name)
+    _checks.integer(2, num_classes=num_classes)
     return _load(path, PUBLISHED[name], num_classes, in_channels=3)
 
 
@@ -124,11 +125,15 @@ def _load(
     architecture = _entry(own, "architecture", architecture, str, file)
     num_classes = _entry(own, "num_classes", num_classes, int, file)
     in_channels = _entry({"in_channels": 3, **own}, "in_channels", in_channels, int, file)
-    model = build_model(architecture, num_classes, in_channels=in_channels)
-    weights = _renamed(_weights(content, file), model.state_dict())
-    _check_fit(weights, model.state_dict(), architecture, file)
-    # Not strict, because files of torch before 0.4.1 have no count of batches.
-    model.load_state_dict(weights, strict=False)
+    # Without memory at first: a fresh model would draw numbers from the global generator, only to lose them.
+    with torch.device("meta"):
+        model = build_model(architecture, num_classes, in_channels=in_channels)
+    fresh = model.state_dict()
+    weights = _renamed(_weights(content, file), fresh)
+    _check_fit(weights, fresh, architecture, file)
+    # Files of torch before 0.4.1 have no count of batches.
+    counts = {k: torch.zeros(()) for k in fresh if k.endswith("num_batches_tracked")}
+    model.to_empty(device="cpu").load_state_dict(counts | weights)
     return model.eval()
 
 
