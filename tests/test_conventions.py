@@ -295,7 +295,7 @@ def test_a_wrong_value_is_a_value_error_and_a_wrong_moment_a_runtime_error():
         (ValueError, "average: expected `acc`", lambda: metrics.average(torch.full((2,), 80.0))),
         (ValueError, "crop_flip: expected `x`", lambda: augment.crop_flip(X[0])),
         (RuntimeError, "ImagePool.sample: expected", lambda: synthesis.ImagePool().sample(1)),
-        (RuntimeError, "ClassWeights: expected", reweight.ClassWeights(2, len).step),
+        (RuntimeError, "ClassWeights.step: expected", reweight.ClassWeights(2, len).step),
     ]:
         with pytest.raises(kind, match="^" + start):
             call()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,19 +42,3 @@ def confidence_penalty(z: Tensor) -> Tensor:
     r"""$KL(p \| U)$."""
     log_p = F.log_softmax(z, dim=1)
     return (log_p.exp() * log_p).sum(dim=1) + math.log(z.shape[1])
-
-
-def pairwise_gap(difference: Tensor, w: Tensor) -> Tensor:
-    r"""$\sum_{j,k} w_j w_k (d_j - d_k)^2$ for weights of sum 1."""
-    # The variance around the weighted mean, twice: K terms and not K².
-    mean = (w * difference).sum(dim=1, keepdim=True)
-    return 2 * (w * (difference - mean).square()).sum(dim=1)
-
-
-def class_means(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Mean value of each class `(K,)`, 0 for an absent one, and which classes are present."""
-    member = F.one_hot(y, num_classes).bool()
-    counts = member.sum(dim=0)
-    # Selected, not multiplied: a NaN stays in its own class.
-    sums = torch.where(member, values[:, None], 0.0).sum(dim=0)
-    return sums / counts.clamp(min=1), counts > 0

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
-from ferdlib.losses import _kernels
 
 
 @public
@@ -91,9 +91,14 @@ def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: i
     _checks.integer(0, ddof=ddof)
     _checks.labels(targets=targets, like=values, num_classes=num_classes)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    means, present = _kernels.class_means(values, targets, num_classes)
-    classes = present.sum()
-    squares = torch.where(present, means - means.sum() / classes.clamp(min=1), 0.0).square().sum()
+    member = F.one_hot(targets, num_classes).bool()
+    counts = member.sum(dim=0)
+    # Selected, not multiplied: a NaN stays in its own class.
+    means = torch.where(member, values[:, None], 0.0).sum(dim=0) / counts.clamp(min=1)
+    classes = (counts > 0).sum()
+    squares = (
+        torch.where(counts > 0, means - means.sum() / classes.clamp(min=1), 0.0).square().sum()
+    )
     freedom = classes - ddof
     # Nothing here reads a value on the host, which would stall an accelerator at every step.
     return torch.where(freedom > 0, squares / freedom.clamp(min=1), 0.0)

@@ -1,4 +1,4 @@
-"""The rules of robust-fairness methods: GAIRAT, CFA, FAAL and DAFA."""
+"""The rules of robust-fairness methods: GAIRAT, CFA, FAAL and DAFA. They raise as the package says."""
 
 from __future__ import annotations
 
@@ -8,62 +8,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.reweight._common import filled, in_unit_interval, mean_one, ramp, within_steps
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, InvalidValue, public
+from ferdlib.reweight._common import ROUNDING, filled, mean_one, ramp
 
-__all__ = ["cfa_margins", "cfa_mixing", "confusion_weights", "gairat", "kl_ball"]
 
-
+@public
 def gairat(steps_withstood: Tensor, steps: int, *, shift: float = -1.0) -> Tensor:
     r"""GAIRAT's sample weights $\omega_i \propto (1 + \tanh(\lambda + 5 (1 - 2 \kappa_i / K))) / 2$.
 
     `lps_tanh` for the samples of a batch: mean 1 over them. The release takes `int(K / 2)` for K/2,
-    which for an odd K is another number.
+    which for an odd K is another number (Zhang et al., Geometry-aware instance-reweighted adversarial
+    training, 2021).
 
     Args:
-        steps_withstood: of each sample, `(N,)`, N >= 1, int64 or float, in [0, steps]: what
-            `attacks.least_pgd_steps` counts (the release's with `count="correct"`).
+        steps_withstood: the count of `attacks.least_pgd_steps` for each sample (the release's with
+            `count="correct"`), `(N,)`, N >= 1, int64 or float, in [0, steps].
         steps: K >= 1, those of the attack that was counted.
         shift: $\lambda$, any finite number.
 
     Returns:
         `(N,)`, in the dtype of float counts, else float32.
 
-    Raises:
-        TypeError: counts of another dtype.
-        ValueError: a wrong shape, `nan`, or counts out of range.
-
-    Reference: Zhang et al., Geometry-aware instance-reweighted adversarial training, 2021.
-
     Example:
         >>> gairat(torch.tensor([4, 5]), steps=10)  # (1/2, 0.1192) over their mean
         tensor([1.6150, 0.3850])
     """
-    name = "gairat"
-    k = _checks.tensor(name, "steps_withstood", steps_withstood)
+    k = steps_withstood
+    _checks.tensor(steps_withstood=k)
+    _checks.integer(1, steps=steps)
+    _checks.real(shift=shift)
     if k.dtype != torch.int64 and not k.is_floating_point():
-        raise TypeError(
-            f"{name}: expected `steps_withstood` in int64 or float, got {_checks.got(k)}"
-        )
+        raise InvalidType(f"expected `steps_withstood` in int64 or float, got {_checks.got(k)}")
     if k.ndim != 1 or not len(k):
-        raise ValueError(
-            f"{name}: expected `steps_withstood` of shape (N,) with N >= 1, got {tuple(k.shape)}"
-        )
-    if bool(k.isnan().any()):
-        raise ValueError(f"{name}: expected `steps_withstood` of every sample, got nan")
-    counts = within_steps(
-        name, "steps_withstood", k.double(), _checks.integer(name, "steps", steps, low=1)
-    )
+        shape = tuple(k.shape)
+        raise InvalidValue(f"expected `steps_withstood` of shape (N,) with N >= 1, got {shape}")
+    counts = k.double()
+    # A NaN is inside no interval.
+    if not bool(((counts >= 0) & (counts <= steps * ROUNDING)).all()):
+        raise InvalidValue(f"expected `steps_withstood` in [0, {steps}], got {k.tolist()}")
     # (1 + tanh u) / 2 = sigmoid(2u)
-    w = mean_one(F.logsigmoid(2 * ramp(name, counts, steps, shift)))
+    w = mean_one(F.logsigmoid(2 * ramp(counts, steps, shift)))
     return w.to(k.dtype if k.is_floating_point() else torch.float32)
 
 
+@public
 def cfa_margins(robust_accuracy: Tensor, *, base: float = 0.5) -> Tensor:
     r"""CFA's factors of the attack's radius, $\epsilon_c = (\lambda_1 + r_c) \epsilon$.
 
-    A class that is robust gets the larger radius. Used as `eps=(factors * 8 / 255)[y]`; these are
-    no weights, their mean is what it is.
+    A class that is robust gets the larger radius. Used as `eps=(factors * 8 / 255)[y]`; factors are
+    not scaled to any mean (Wei et al., CFA: Class-wise calibrated fair adversarial training, 2023).
 
     Args:
         robust_accuracy: r, `(K,)` in [0, 1], of the last epoch's training examples, each class
@@ -71,17 +65,14 @@ def cfa_margins(robust_accuracy: Tensor, *, base: float = 0.5) -> Tensor:
             (10 epochs in the release).
         base: $\lambda_1 \ge 0$; 0.5 is the release's.
 
-    Raises: as the package says.
-
-    Reference: Wei et al., CFA: Class-wise calibrated fair adversarial training, 2023.
-
     Example:
         >>> cfa_margins(torch.tensor([0.2, 0.8, torch.nan]))
         tensor([0.7000, 1.3000, 1.0000])
     """
-    return _cfa_factors("cfa_margins", robust_accuracy, base).to(robust_accuracy.dtype)
+    return _cfa_factors(robust_accuracy, base).to(robust_accuracy.dtype)
 
 
+@public
 def cfa_mixing(robust_accuracy: Tensor, *, beta: float, base: float = 0.5) -> Tensor:
     r"""CFA's share of the robust loss, $\beta'_c = v_c / (1 + v_c)$, $v_c = (\lambda_2 + r_c) \beta$.
 
@@ -93,21 +84,20 @@ def cfa_mixing(robust_accuracy: Tensor, *, beta: float, base: float = 0.5) -> Te
         beta: TRADES' weight of the KL divergence, >= 0.
         base: $\lambda_2 \ge 0$; 0.5 is the release's.
 
-    Raises: as the package says.
-
-    Reference: as for `cfa_margins`.
-
     Example:
         >>> cfa_mixing(torch.tensor([0.0, 0.5, torch.nan]), beta=6.0)  # 3/4, 6/7, 6/7
         tensor([0.7500, 0.8571, 0.8571])
     """
-    b = _checks.number("cfa_mixing", "beta", beta, low=0.0)
-    v = b * _cfa_factors("cfa_mixing", robust_accuracy, base)
+    _checks.real(0, beta=beta)
+    v = beta * _cfa_factors(robust_accuracy, base)
     return (v / (1 + v)).to(robust_accuracy.dtype)
 
 
+@public
 def kl_ball(scores: Tensor, *, radius: float = 0.5) -> Tensor:
     r"""FAAL's class probabilities, the worst case in a ball around the uniform distribution U.
+
+    (Zhang et al., Towards fairness-aware adversarial learning, 2024.)
 
     $$\arg\max_p \sum_c p_c a_c \quad \text{subject to} \quad \mathrm{KL}(U \| p) \le \rho$$
 
@@ -116,54 +106,53 @@ def kl_ball(scores: Tensor, *, radius: float = 0.5) -> Tensor:
     says how far p goes. At 0.5 and K = 10 no class gets more than 0.575. Uniform if the radius is
     0, all scores are equal, or all classes absent. No gradient flows to the scores.
 
-    An absent class counts as one of mean score, as in `margin_softmax`. FAAL's release means to give
-    it -1, the least that a probability margin can be: `kl_ball(scores.nan_to_num(nan=-1.0))`, which
-    leaves more for the others where most classes miss from a batch. But its objective sums over
-    samples, so that an absent class has the coefficient 0, above every robust one.
+    An absent class counts as one of mean score, as in `margin_softmax`. FAAL's release counts it too,
+    with 0: it sets the score to -1, the least that a probability margin can be, but its objective sums
+    over samples, of which the class has none. 0 is above the score of every robust class. Its -1 is
+    `kl_ball(scores.nan_to_num(nan=-1.0))`, which leaves more for the others.
 
     Args:
         scores: a, `(K,)`, the larger the worse. FAAL's are class means of $\max_{j \ne y} p_j - p_y$
             over the adversarial examples of a batch, and its loss $\frac{K}{N} \sum_i p_{y_i} l_i$.
         radius: $\rho \ge 0$.
 
-    Raises: as the package says.
-
-    Reference: Zhang et al., Towards fairness-aware adversarial learning, 2024.
-
     Example:
         >>> kl_ball(torch.tensor([1.0, 0.0]), radius=math.log(5 / 4))  # KL = -log(2 sqrt(.8 * .2))
         tensor([0.8000, 0.2000])
     """
-    a = _checks.class_vector("kl_ball", scores, argument="scores").detach().double()
-    rho = _checks.number("kl_ball", "radius", radius, low=0.0)
-    a = filled(a.cpu())  # so few numbers are fastest on the host
+    _checks.class_vector(scores=scores)
+    _checks.real(0, radius=radius)
+    # So few numbers are fastest on the host.
+    a = filled(scores.detach().double().cpu())
     k, gap = len(a), a.max() - a
-    if rho == 0 or not bool(gap.any()):
+    if radius == 0 or not bool(gap.any()):
         return torch.full_like(scores, 1 / k)
     log_gap = (gap / gap.max()).log()
 
     # Notation: p_c ~ 1 / (1 + t g_c), g the gaps over the largest one, t = 1 / (mu - max a) in that
     # unit, and x_c = log t + log g_c: no t is too large for it, whatever the radius.
     # KL = mean log(1 + t g) + log mean 1 / (1 + t g) lies between (log t) / K - log K and t.
-    low, high = math.log(rho), k * (rho + math.log(k))
+    low, high = math.log(radius), k * (radius + math.log(k))
     for _ in range(64):
         middle = (low + high) / 2
         x = middle + log_gap
         divergence = torch.log1p(-torch.sigmoid(x).mean()) - F.logsigmoid(-x).mean()
-        low, high = (middle, high) if float(divergence) < rho else (low, middle)
+        low, high = (middle, high) if float(divergence) < radius else (low, middle)
     p = torch.sigmoid(-(low + log_gap))
     return (p / p.sum()).to(scores)
 
 
+@public
 def confusion_weights(confusion_probabilities: Tensor, *, strength: float = 1.0) -> Tensor:
     r"""DAFA's class weights: of two classes, the safer one gives to the other what they share.
 
     $$W_i = 1 + \lambda \sum_{j \ne i} \begin{cases} P_{ij} P_{jj} & P_{ii} < P_{jj} \\
       -P_{ji} P_{ii} & P_{ii} > P_{jj} \end{cases}$$
 
-    What one class gets another one gives, so the mean is 1 exactly. Equal classes exchange nothing;
+    One class gives exactly what another one gets, so the mean is 1. Equal classes exchange nothing;
     the release takes from both. DAFA weighs the clean cross-entropy with it and scales the attack's
-    radius and step, once, after a warm-up.
+    radius and step, once, after a warm-up (Lee et al., DAFA: Distance-aware fair adversarial training,
+    2024).
 
     Args:
         confusion_probabilities: P, `(K, K)`: row i is the mean softmax over the adversarial
@@ -171,58 +160,52 @@ def confusion_weights(confusion_probabilities: Tensor, *, strength: float = 1.0)
             weight 1 and exchanges nothing.
         strength: $\lambda \ge 0$; 1, and 1.5 for CIFAR-100 and STL-10.
 
-    Returns:
-        `(K,)`, all above 0.
-
     Raises:
-        TypeError: a matrix that is not float.
-        ValueError: a wrong shape, rows that are no distributions, or a strength at which a class
-            would get a weight of 0 or less. It would unlearn its examples, and its attack have no
-            radius; cutting the weight off would hide that, and move the mean.
-
-    Reference: Lee et al., DAFA: Distance-aware fair adversarial training, 2024.
+        ValueError: a strength at which a class would get a weight of 0 or less, too. It would unlearn
+            its examples, and its attack would have no radius; cutting the weight off would hide
+            that, and move the mean.
 
     Example:
         >>> confusion_weights(torch.tensor([[0.5, 0.5], [0.2, 0.8]]))  # 0.5 * 0.8 goes to class 0
         tensor([1.4000, 0.6000])
     """
-    name = "confusion_weights"
-    p = _distributions(name, confusion_probabilities)
-    s = _checks.number(name, "strength", strength, low=0.0)
+    p = _distributions(confusion_probabilities)
+    _checks.real(0, strength=strength)
     safety = p.diagonal()
-    # Row i, column j: what class j gives to class i. A comparison with nan is false.
+    # Row i, column j: the gift of class j to class i. A comparison with nan is false.
     given = torch.where(safety[:, None] < safety, p * safety, 0.0)
     change = given.sum(dim=1) - given.sum(dim=0)
-    w = 1 + s * change
+    w = 1 + strength * change
     if bool((w <= 0).any()):
         c = int(w.argmin())
-        raise ValueError(
-            f"{name}: expected `strength` below {-1 / float(change[c]):.4g} for these "
-            f"probabilities, got {s:g}, which gives class {c} the weight {float(w[c]):.4g}; lower it"
+        raise InvalidValue(
+            f"expected `strength` below {-1 / float(change[c]):.4g} for these probabilities, got "
+            f"{strength:g}, which gives class {c} the weight {float(w[c]):.4g}; lower it"
         )
     return w.to(confusion_probabilities.dtype)
 
 
-def _cfa_factors(function: str, robust_accuracy: Tensor, base: float) -> Tensor:
-    r = _checks.class_vector(function, robust_accuracy, argument="robust_accuracy").double()
-    r = in_unit_interval(function, "robust_accuracy", r)
-    return torch.where(r.isnan(), 1.0, _checks.number(function, "base", base, low=0.0) + r)
+def _cfa_factors(robust_accuracy: Tensor, base: float) -> Tensor:
+    _checks.class_vector(0, 1, robust_accuracy=robust_accuracy)
+    _checks.real(0, base=base)
+    r = robust_accuracy.double()
+    return torch.where(r.isnan(), 1.0, base + r)
 
 
-def _distributions(function: str, value: Tensor) -> Tensor:
-    """Rows that are distributions, or `nan` altogether."""
-    argument = "confusion_probabilities"
-    p = _checks.floating(function, argument, value).double()
-    if p.ndim != 2 or p.shape[0] != p.shape[1] or len(p) < 2:
-        raise ValueError(
-            f"{function}: expected `{argument}` of shape (K, K) with K >= 2, got {tuple(p.shape)}"
+def _distributions(confusion_probabilities: Tensor) -> Tensor:
+    """Return rows that are distributions, or `nan` altogether, in float64."""
+    _checks.floating(confusion_probabilities=confusion_probabilities)
+    p, shape = confusion_probabilities.double(), tuple(confusion_probabilities.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 2:
+        raise InvalidValue(
+            f"expected `confusion_probabilities` of shape (K, K) with K >= 2, got {shape}"
         )
     # Rows in half precision sum to 1 within 1e-3.
     fine = (p >= 0).all(dim=1) & ((p.sum(dim=1) - 1).abs() <= 2e-3) | p.isnan().all(dim=1)
     if not bool(fine.all()):
         row = int((~fine).nonzero()[0])
-        raise ValueError(
-            f"{function}: expected rows of `{argument}` that are >= 0 and sum to 1 (or nan for an "
+        raise InvalidValue(
+            "expected rows of `confusion_probabilities` that are >= 0 and sum to 1 (or nan for an "
             f"absent class), got {p[row].tolist()} in row {row}; divide sums by the class's count"
         )
     return p

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.reweight._common import checked_state
-
-__all__ = ["ClassMean", "ClassWeights"]
+from ferdlib import _checks
+from ferdlib._checks import InvalidState, InvalidType, InvalidValue, public
 
 
 class ClassMean:
@@ -21,9 +19,7 @@ class ClassMean:
         sums, counts: float64 and int64 `(K,)`, on the device of the last values. Add both up over
             processes, or `merge`, for the mean over all of them.
 
-    Raises:
-        TypeError, ValueError: a `num_classes` that is no int >= 2; values that are not real `(N,)`;
-            labels that are not int64 `(N,)` in range; a state of another kind.
+    Raises as the package says, for values that are not real `(N,)` and labels out of range too.
 
     Example:
         >>> mean = ClassMean(3)
@@ -32,10 +28,10 @@ class ClassMean:
         tensor([ 2.5000,     nan, 10.0000], dtype=torch.float64)
     """
 
-    _name = "ClassMean"
-
+    @public
     def __init__(self, num_classes: int) -> None:
-        self.num_classes = _checks.integer(self._name, "num_classes", num_classes, low=2)
+        _checks.integer(2, num_classes=num_classes)
+        self.num_classes = num_classes
         self.reset()
 
     def reset(self) -> None:
@@ -43,43 +39,51 @@ class ClassMean:
         self.sums = torch.zeros(self.num_classes, dtype=torch.float64)
         self.counts = torch.zeros(self.num_classes, dtype=torch.int64)
 
+    @public
     def update(self, values: Tensor, targets: Tensor) -> None:
         """Add values `(N,)`, without their gradient, to the classes of their targets `(N,)`."""
-        if _checks.tensor(self._name, "values", values).is_complex():
-            raise TypeError(f"{self._name}: expected real `values`, got {_checks.got(values)}")
+        self._add(values, targets)
+
+    def _add(self, values: Tensor, targets: Tensor) -> None:
+        _checks.tensor(values=values, targets=targets)
+        if values.is_complex():
+            raise InvalidType(f"expected real `values`, got {_checks.got(values)}")
         if values.ndim != 1:
-            shape = tuple(values.shape)
-            raise ValueError(f"{self._name}: expected `values` of shape (N,), got {shape}")
-        k = self.num_classes
-        _checks.labels(self._name, targets, length=len(values), num_classes=k)
-        member = F.one_hot(targets.to(values.device), k).bool()
+            raise InvalidValue(f"expected `values` of shape (N,), got {tuple(values.shape)}")
+        k, targets = self.num_classes, targets.to(values.device)
+        _checks.labels(targets=targets, like=values, num_classes=k)
+        member = F.one_hot(targets, k).bool()
         # Selected, not multiplied: a NaN stays in its own class.
         added = torch.where(member, values.detach().double()[:, None], 0.0)
         self.sums = self.sums.to(values.device) + added.sum(dim=0)
         self.counts = self.counts.to(values.device) + member.sum(dim=0)
 
+    @public
     def compute(self) -> Tensor:
         """Means, float64 `(K,)`, `nan` for an absent class; ValueError if a sum is not finite."""
         if not bool(self.sums.isfinite().all()):
-            raise ValueError(f"{self._name}: expected finite `values`, got class sums {self.sums}")
+            raise InvalidValue(f"expected finite `values`, got class sums {self.sums.tolist()}")
         return self.sums / self.counts
 
+    @public
     def merge(self, other: ClassMean) -> None:
-        """Add what another one has accumulated, as if its updates had been made here."""
-        if not isinstance(other, ClassMean):
-            raise TypeError(f"{self._name}: expected `other` to be one, got {_checks.got(other)}")
-        _checks.same_shape(self._name, counts=self.counts, other=other.counts)
+        """Add all that another one has accumulated, as if its updates had been made here."""
+        _checks.instance(ClassMean, other=other)
+        counts = other.counts.to(self.counts.device)
+        _checks.alike(counts=self.counts, other=counts)
         self.sums = self.sums + other.sums.to(self.sums.device)
-        self.counts = self.counts + other.counts.to(self.counts.device)
+        self.counts = self.counts + counts
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that continuing needs, also in the middle of an epoch."""
         return {"sums": self.sums.clone(), "counts": self.counts.clone()}
 
+    @public
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state_dict` returned."""
-        for key, value in checked_state(self._name, state, self.state_dict()).items():
-            setattr(self, key, value)
+        """Continue from a state that `state_dict` returned."""
+        _checks.state(state, self.state_dict())
+        for name, value in state.items():
+            setattr(self, name, value.clone())
 
 
 class ClassWeights(ClassMean):
@@ -91,13 +95,11 @@ class ClassWeights(ClassMean):
 
     Args:
         num_classes: K >= 2.
-        rule: from class means `(K,)`, `nan` for an absent class, to weights `(K,)`: one of the
-            above, a `functools.partial` of it, or one's own.
+        rule: maps class means `(K,)`, `nan` for an absent class, to weights `(K,)`: one of this
+            package, a `functools.partial` of it, or one's own.
 
     Attributes:
         weights: float64 `(K,)`, ones before the first `step()`.
-
-    Raises: as `ClassMean`, and TypeError for a rule that is not callable.
 
     Example:
         >>> from ferdlib.reweight import lps_power
@@ -109,20 +111,21 @@ class ClassWeights(ClassMean):
         tensor([1.6000, 0.4000])
     """
 
-    _name = "ClassWeights"
-
+    @public
     def __init__(self, num_classes: int, rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__(num_classes)
-        _checks.callable_(self._name, "rule", rule)
+        _checks.callable_(rule=rule)
         self.rule = rule
         self.weights = torch.ones(num_classes, dtype=torch.float64)
 
+    @public
     def __call__(self, values: Tensor, targets: Tensor) -> Tensor:
-        self.update(values, targets)
+        self._add(values, targets)
         self.weights = self.weights.to(targets.device)
         dtype = values.dtype if values.is_floating_point() else torch.float32
         return self.weights.to(dtype)[targets]
 
+    @public
     def step(self) -> None:
         """Set the weights to the rule of this epoch's class means, and start the next epoch.
 
@@ -132,16 +135,13 @@ class ClassWeights(ClassMean):
                 tensor `(K,)`. Weights and means are then as before.
         """
         if not bool(self.counts.any()):
-            raise RuntimeError("ClassWeights: expected `values` since the last step, got none")
-        w = self.rule(self.compute())
+            raise InvalidState("expected `values` since the last step, got none")
+        w, k = self.rule(self.compute()), self.num_classes
         if not isinstance(w, Tensor) or not w.is_floating_point():
-            raise TypeError(
-                f"ClassWeights: expected `rule` to return a float tensor, got {_checks.got(w)}"
-            )
-        k = self.num_classes
+            raise InvalidType(f"expected `rule` to return a float tensor, got {_checks.got(w)}")
         if w.shape != (k,) or not bool((w.isfinite() & (w >= 0)).all()):
-            raise ValueError(
-                f"ClassWeights: expected `rule` to return shape ({k},), finite and >= 0, got {w}"
+            raise InvalidValue(
+                f"expected `rule` to return ({k},) finite values >= 0, got {w.tolist()}"
             )
         self.weights = w.detach().double().clone()
         self.reset()
