@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 
 from ferdlib.attacks import cw_linf
 from ferdlib.evaluation import RobustnessReport, evaluate
-from ferdlib.methods import create
+from ferdlib.methods import build_method
 from ferdlib.trainer import Checkpoints, FERDConfig, FERDTrainer
 
 from .tiny_ferd import SIZES, make_models
@@ -78,7 +78,7 @@ def cycles(folder: Path) -> Iterator[None]:
     x = torch.tensor(bunch.images[:60], dtype=torch.float32)[:, None] / 16
     y = torch.tensor(bunch.target[:60]) % 3
     teacher, student = make_models()
-    method = create("fair-iad", 3, teacher=teacher, steps=3)
+    method = build_method("fair-iad", 3, teacher=teacher, steps=3)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     for trainer in itertools.cycle(runs):

@@ -32,6 +32,7 @@ NO_ROWS = {
 # Parameters without a row, and why.
 FREE = {
     **dict.fromkeys(("train_mode", "early_stop", "introspection", "detach_student"), "a flag"),
+    "weigh_teacher": "a flag",
     **dict.fromkeys(("fold_batchnorm", "channels_last", "compile", "flip", "remargin"), "a flag"),
     **dict.fromkeys(("xlabel", "ylabel", "weights_label", "accuracy_label"), "matplotlib's"),
     **dict.fromkeys(("step", "x_adv"), "not looked at"),

@@ -16,7 +16,7 @@ from tiny_ferd import SIZES, make_double_models
 from torch import nn
 
 from ferdlib._ranks import Ranks
-from ferdlib.methods import METHODS, create
+from ferdlib.methods import METHODS, build_method
 from ferdlib.synthesis import ImagePool
 from ferdlib.trainer import FERDConfig, FERDTrainer
 from ferdlib.trainer.state import gathered, parted
@@ -58,7 +58,7 @@ def make_trainer(preset="paper", method=None, **changes):
     teacher, student, generator = make_double_models(config.conditional_generator)
     generator.image_dtype = torch.float64
     if method is not None:
-        method = create(method, 3, teacher=teacher, steps=2, eps=0.1, step_size=0.05)
+        method = build_method(method, 3, teacher=teacher, steps=2, eps=0.1, step_size=0.05)
     return FERDTrainer(
         teacher, still(student), still(generator), config=config, method=method, seed=20
     )
@@ -217,7 +217,7 @@ def test_fair_weights_are_those_of_all_processes():
 def fair_weights(rank, size):
     trainer = make_trainer(method="fair-rslad")
     trainer.fit()
-    return trainer.method.class_weights.weights
+    return trainer.method.rule.class_weights.weights
 
 
 def ended_by_a_nan(rank, size):
@@ -287,15 +287,19 @@ def labelled_epoch(rank, size, name):
     """One step with a method on labelled images, in a loop of one's own, and what it has learnt by then."""
     teacher, student, _ = make_double_models(False)
     teachers = {"teacher": teacher, "natural_teacher": teacher}
-    wanted = {k: v for k, v in teachers.items() if k in METHODS[name].__dataclass_fields__}
-    method = create(name, 3, **wanted, random_start=None, **(EXACT | AVERAGED)[name])
+    wanted = {
+        k: v
+        for k, v in teachers.items()
+        if k in METHODS[name.rpartition("-")[2]].__dataclass_fields__
+    }
+    method = build_method(name, 3, **wanted, random_start=None, **(EXACT | AVERAGED)[name])
     x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()[rank::size]
     y = (torch.arange(12) % 3)[rank::size]
     student.eval()
     trained = student if size == 1 else nn.parallel.DistributedDataParallel(student)
     losses = method.loss(trained, x, method.attack(student, x, y), y)
     losses.mean().backward()
-    if hasattr(method, "validate"):
+    if method.needs_validation:
         for _ in range(rank + 1):  # so that they differ
             method.validate(student, [(x, y)])
     before = copy.deepcopy(method.state_dict())

@@ -21,6 +21,7 @@ from tiny_methods import (
 )
 
 from ferdlib.attacks import pgd
+from ferdlib.reweight import confusion_weights
 
 EPS, STEP = 8 / 255, 2 / 255
 TEACHER = model(10)
@@ -159,7 +160,9 @@ def test_an_epoch_that_was_not_validated_is_not_ended(name):
     method, student = make(name), model()
     for epoch in range(2):
         step(method, student, epoch)
-        with pytest.raises(RuntimeError, match=f"ARD.end_epoch: expected validate.* epoch {epoch}"):
+        with pytest.raises(
+            RuntimeError, match=f"(FRL|WAT).end_epoch: expected validate.* epoch {epoch}"
+        ):
             method.end_epoch()
         method.validate(student, [batch(90), batch(91)])
         method.end_epoch()
@@ -169,14 +172,16 @@ def test_an_epoch_that_was_not_validated_is_not_ended(name):
 def test_gair_wants_its_own_attack():
     method, student = make("gair-ard", begin=0), model()
     x, y = batch(0)
-    with pytest.raises(RuntimeError, match=r"^GAIRARD.loss: expected examples of its own attack"):
+    with pytest.raises(
+        RuntimeError, match=r"^GAIRAT.combine: expected examples of the method.s own attack"
+    ):
         method.loss(student, x, x, y)
 
 
 @pytest.mark.parametrize("train_mode", [False, True])
 def test_wat_hedges_with_the_summed_losses(train_mode):
     """Of K + 1 experts, each class's loss and their average, on balanced held-out data."""
-    method, student = make("wat-ard", hedge_rate=0.05, train_mode=train_mode), model()
+    method, student = make("wat-ard", rate=0.05, train_mode=train_mode), model()
     batches = [(batch(seed, n=8)[0], torch.arange(8) % K) for seed in (90, 91)]
     total = np.zeros(K + 1)
     for epoch in range(2):
@@ -197,14 +202,14 @@ def test_wat_hedges_with_the_summed_losses(train_mode):
 
 
 def test_wat_does_not_overflow():
-    method, student = make("wat-ard", hedge_rate=1e4), model()
+    method, student = make("wat-ard", rate=1e4), model()
     for _ in range(3):
         method.validate(student, [batch(90), batch(91)])
         method.end_epoch()
     *_, loss = step(method, student, 0)
     assert bool(loss.isfinite().all())
-    w = method.hedge.class_weights
-    assert float(w.sum()) + method.hedge.average_weight == pytest.approx(K)
+    w = method.rule.hedge.class_weights
+    assert float(w.sum()) + method.rule.hedge.average_weight == pytest.approx(K)
     assert float(w.max()) == pytest.approx(K)
 
 
@@ -368,17 +373,18 @@ def test_absld_tempers_the_teacher_by_class(preset):
     assert torch.equal(TEACHER(x), teachers("absld")["teacher"](x))
 
 
-def test_dafa_weights_that_are_refused_leave_the_epoch_open():
+def test_dafa_lowers_a_strength_that_leaves_a_class_no_weight(caplog):
     method, student = make("dafa-ard", begin=1, strength=100.0), model()
-    with pytest.raises(ValueError, match="^DAFAARD: expected `begin` >= 1, got 0"):
+    with pytest.raises(ValueError, match="^DAFA: expected `begin` >= 1, got 0"):
         make("dafa-ard", begin=0)
     for seed in range(3):
         step(method, student, seed)
-    with pytest.raises(ValueError, match="^confusion_weights: expected `strength` below"):
-        method.end_epoch()
-    assert method.epoch == 0
-    assert torch.equal(method.weights, torch.ones(K, dtype=torch.float64))
-    method.strength = 0.5
+    p = method.rule.sums / method.rule.sums.sum(dim=1, keepdim=True)
     method.end_epoch()
-    assert method.epoch == 1
-    assert float(method.weights.std()) > 0.01
+    assert "DAFA: strength 100 would give class" in caplog.text
+    w = method.rule.weights
+    assert float(w.min()) == pytest.approx(0.05)
+    assert float(w.mean()) == pytest.approx(1)
+    # The same exchange between classes as at any other strength.
+    gentle = confusion_weights(p, strength=0.01)
+    assert torch.allclose((w - 1) / (1 - w.min()), (gentle - 1) / (1 - gentle.min()))

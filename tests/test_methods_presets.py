@@ -1,71 +1,98 @@
-"""`create`, `recipe` and the presets: the settings of the papers and of the releases."""
+"""`build_method`, `recipe` and the presets: the settings of the papers and of the releases, by name."""
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import pytest
 from conftest import make_tiny_model
 
-from ferdlib.methods import METHODS, PRESETS, create, recipe
+from ferdlib import methods
+from ferdlib.methods import METHODS, PRESETS, RECIPES, RULES, build_method, create, recipe, rules
 
 K = 4
-EVERY = [(name, preset) for name in METHODS for preset in PRESETS[name]]
-ON_ARD = ("gair-ard", "frl-ard", "fat-ard", "cfa-ard", "faal-ard", "dafa-ard", "wat-ard")
+MODEL = make_tiny_model(K)
+FAIR = ("fair-ard", "fair-iad", "fair-rslad", "fair-mtard")
+BALL = {"eps": 0.031, "step_size": 0.007}
+
+
+def teachers(name):
+    """The teachers that the method of a name wants."""
+    base = name.rpartition("-")[2]
+    wanted = {} if base in ("sat", "trades", "bat") else {"teacher": MODEL}
+    return wanted | ({"natural_teacher": MODEL} if base == "mtard" else {})
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("name", "given", "message"),
     [
-        (lambda t: create("fairard", K, teacher=t), "create: expected `name` to be one of 'sat'"),
-        (lambda t: create("ard", K, teacher=t, preset="code"), "create: expected `preset` to be"),
-        (lambda t: create("frl-ard", K, teacher=t, preset="released"), "create: expected `preset`"),
-        (
-            lambda t: create("ard", K),
-            "create: expected `teacher` to be a module for 'ard', got none",
-        ),
-        (
-            lambda t: create("trades", K, teacher=t),
-            "create: expected `teacher` to be none for 'trades', got Sequential",
-        ),
-        (lambda t: create("mtard", K, teacher=t), "create: expected `natural_teacher` to be a"),
-        (
-            lambda t: create("rslad", K, teacher=t, natural_teacher=t),
-            "create: expected `natural_teacher` to be none for 'rslad'",
-        ),
-        (lambda t: create("sat", K, epsilon=0.1), "create: expected `settings` to be one of 'eps'"),
-        (lambda t: create("sat", K, epoch=3), "create: expected `settings` to be one of"),
-        (lambda t: create("sat", K, beta=6.0), "create: expected `settings` to be one of"),
-        (lambda t: create("sat", 1), "SAT: expected `num_classes` >= 2, got 1"),
-        (
-            lambda t: create("mtard", K, teacher=t, natural_teacher=t, clean_target="nat"),
-            "MTARD: expected `clean_target` to be one of 'natural', 'robust', got 'nat'",
-        ),
-        (lambda t: recipe("ferd"), "recipe: expected `name` to be one of 'sat'"),
-        (lambda t: recipe("wat-ard", "released"), "recipe: expected `preset` to be one of 'paper'"),
+        ("fairard", {}, "expected `name` to be one of 'sat', .*, got 'fairard'"),
+        ("cat-ard", {}, "expected `name` to be one of 'sat', .* alone or behind one of 'fair', "),
+        ("ard", {"preset": "code"}, "expected `preset` to be one of 'paper', 'released', got "),
+        ("frl-ard", {"preset": "released"}, "expected `preset` 'paper' for 'frl-ard', a pair "),
+        ("ard", {}, "expected a `teacher` for 'ard', got none"),
+        ("trades", {"teacher": MODEL}, "expected no `teacher` for 'trades', got a Sequential"),
+        ("mtard", {"teacher": MODEL}, "expected a `natural_teacher` for 'mtard', got none"),
+        ("sat", {"epsilon": 0.1}, "expected `settings` among eps, .*, got 'epsilon'"),
+        ("sat", {"epoch": 3}, "expected `settings` among eps, "),
+        ("sat", {"beta": 6.0}, "expected `settings` among eps, "),
+        ("cfa-trades", {"beta": 6.0}, "expected `settings` .* which method and rule both have; "),
+        ("fair-sat", {"rule": rules.FAT()}, "expected no `rule` for 'fair-sat', which has one; "),
     ],
 )
-def test_errors_say_who_and_what(call, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
-        call(make_tiny_model(K))
+def test_errors_say_who_and_what(name, given, message):
+    with pytest.raises(ValueError, match=f"^build_method: {message}") as error:
+        build_method(name, K, **given)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="^recipe: expected `name` .*'adaad', alone or behind"):
+        recipe("ferd")
+    with pytest.raises(ValueError, match="^recipe: expected `preset` 'paper' for 'wat-ard'"):
+        recipe("wat-ard", "released")
 
 
-@pytest.mark.parametrize(("name", "preset"), EVERY)
-def test_settings_override_presets(name, preset):
-    changed = {"eps": 0.2, "step_size": 0.05, "steps": 3, "random_start": None, "train_mode": False}
-    teacher = make_tiny_model(K)
-    wanted = {} if name in ("sat", "trades", "bat") else {"teacher": teacher}
-    wanted |= {"natural_teacher": teacher} if "mtard" in name else {}
-    method = create(name, K, preset=preset, **wanted, **changed)
-    assert {key: getattr(method, key) for key in changed} == changed
-    assert method.epoch == 0
-    assert recipe(name, preset).epochs > 0
-
-
-def test_presets_hold_nothing_that_the_class_does_not_know():
+def test_every_pair_has_a_name_and_only_fair_ards_four_a_release():
+    pairs = {f"{rule}-{name}" for rule in RULES for name in METHODS}
+    assert set(PRESETS) == {*METHODS, *pairs}
+    assert set(RECIPES) == {name for name in PRESETS if not name.endswith("ferd")}
+    assert {name for name in pairs if "released" in PRESETS[name]} == set(FAIR)
     for name, presets in PRESETS.items():
-        known = {f.name for f in fields(METHODS[name]) if f.init}
-        assert set().union(*presets.values()) <= known, name
+        for preset in presets:
+            method = build_method(name, K, preset=preset, **teachers(name), steps=3)
+            prefix, _, base = name.rpartition("-")
+            assert type(method) is METHODS[base]
+            assert type(method.rule) is (RULES[prefix] if prefix else rules.Uniform)
+            assert (method.steps, method.epoch, method.rule.num_classes) == (3, 0, K)
+
+
+def differences(name, preset):
+    """Settings that a preset changes from the defaults of the classes, the rule's included."""
+    method = build_method(name, K, preset=preset, **teachers(name))
+    parts = {f.name: f.default for f in fields(method) if f.init and f.name != "rule"}
+    found = {k: getattr(method, k) for k, default in parts.items() if default is not MISSING}
+    found = {k: v for k, v in found.items() if v != parts[k] and k != "num_classes"}
+    rule = {f.name: f.default for f in fields(method.rule) if f.init}
+    return found | {k: getattr(method.rule, k) for k in rule if getattr(method.rule, k) != rule[k]}
+
+
+def test_presets_are_those_of_papers_and_codes():
+    code, mean = {"train_mode": True}, {"kl_mean": True}
+    clip = {"count": "correct", "clip": (5 / 6, 5 / 2)}
+    expected = {
+        "sat": ({"steps": 7}, code),
+        "trades": (BALL, BALL),
+        "bat": (BALL, BALL),
+        "ard": ({}, code | mean),
+        "iad": ({}, code | {"weigh_teacher": False}),
+        "ferd": ({"attack_model": "teacher", "random_start": None}, {"gamma": 0.0}),
+        "fair-ard": ({}, code | mean | clip),
+        "fair-iad": ({}, code | {"weigh_teacher": False} | clip),
+        "fair-mtard": ({}, mean | clip | {"clean_target": "robust"}),
+        "fair-rslad": ({}, mean | clip),
+        **dict.fromkeys(("rslad", "mtard", "adaad", "absld"), ({}, mean)),
+    }
+    for name, both in expected.items():
+        for preset, settings in zip(("paper", "released"), both, strict=True):
+            assert differences(name, preset) == settings, (name, preset)
+    assert differences("wat-trades", "paper") == BALL
 
 
 def rates(name, preset, *epochs):
@@ -81,22 +108,37 @@ def test_recipes():
         # The release computes its second drop from the first rate again.
         assert rates(name, "released", 99, 100, 149, 150, 199) == [0.1, 0.01, 0.01, 0.01, 0.01]
         assert recipe(name).epochs == recipe(name, "released").epochs == 200
-    for name in ("rslad", "mtard", "absld", "fair-rslad", "fair-mtard"):
-        for preset in ("paper", "released"):
+    for preset in ("paper", "released"):
+        for name in ("rslad", "mtard", "absld", "fair-rslad", "fair-mtard"):
             found = rates(name, preset, 214, 215, 259, 260, 284, 285)
             assert found == [0.1, 0.01, 0.01, 0.001, 0.001, 0.0001]
             assert recipe(name, preset).epochs == 300
-    for preset in ("paper", "released"):
         assert rates("trades", preset, 73, 74, 75) == [0.1, 0.01, 0.01]
         assert recipe("trades", preset).epochs == 76
+        # BAT's code has 75, 90 and 100 of 200 epochs, which it counts from 1.
+        assert rates("bat", preset, 73, 74, 88, 89, 98, 99) == [0.1, *2 * [0.01], *2 * [1e-3], 1e-4]
+        assert recipe("bat", preset).epochs == 200
+        # Madry's code has 80,000 steps of 128 of 50,000 images.
+        assert [round(m * 128 / 50_000) for m in (40_000, 60_000)] == list(recipe("sat").milestones)
         assert rates("adaad", preset, 99, 100, 150) == [0.1, 0.01, 0.001]
-        assert (recipe("adaad", preset).epochs, recipe("adaad", preset).weight_decay) == (200, 5e-4)
-    strong = ("adaad", "sat")  # SAT as AdaAD's authors trained it
-    assert recipe("sat").weight_decay == 5e-4
-    decays = {recipe(*each).weight_decay for each in EVERY if each[0] not in strong}
-    assert decays == {2e-4}
-    nesterov = {name for name, preset in EVERY if recipe(name, preset).nesterov}
-    assert nesterov == {"fair-ard", "fair-iad", "fair-rslad", "fair-mtard"}
-    assert not any(recipe(name, "paper").nesterov for name in nesterov)
-    for name in ON_ARD:
-        assert recipe(name) == recipe("ard")
+        assert recipe("adaad", preset).epochs == 200
+    every = {(name, preset): r for name, both in RECIPES.items() for preset, r in both.items()}
+    assert {name for (name, _), r in every.items() if r.nesterov} == set(FAIR)
+    assert {preset for (_, preset), r in every.items() if r.nesterov} == {"released"}
+    decays = {name.rpartition("-")[2] for (name, _), r in every.items() if r.weight_decay != 2e-4}
+    assert decays == {"adaad"}
+    assert recipe("cfa-iad") == recipe("iad")
+
+
+def test_old_names_say_what_became_of_them():
+    with pytest.warns(DeprecationWarning, match="create is now called .*build_method"):
+        method = create("fair-ard", K, teacher=MODEL, beta=1.0)
+    assert method.rule.beta == 1.0
+    for name, now in (
+        ("FairIAD", "IAD(..., rule=rules.LPS("),
+        ("FRLARD", "ARD(..., rule=rules.FRL("),
+    ):
+        with pytest.raises(AttributeError, match=re.escape(f"methods.{name} is now {now}")):
+            getattr(methods, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Fairness'"):
+        methods.Fairness  # noqa: B018

@@ -8,7 +8,7 @@ from tiny_ferd import SIZES, make_models
 from tiny_ferd import make_trainer as tiny_trainer
 
 from ferdlib.attacks import utae_pgd
-from ferdlib.methods import create
+from ferdlib.methods import build_method
 from ferdlib.models import FrozenModel
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -103,11 +103,11 @@ def test_resuming_with_columns_equals_not_stopping():
 
 def test_other_methods_share_the_logits():
     teacher, student = make_models()
-    method = create("rslad", 3, teacher=teacher, steps=2)
+    method = build_method("rslad", 3, teacher=teacher, steps=2)
     config = FERDConfig(**TINY, warmup_epochs=0, augment="none")
     found, after = student_losses(FERDTrainer(teacher, student, config=config, method=method))
     teacher, student = make_models()
-    method = create("rslad", 3, teacher=teacher, steps=2)
+    method = build_method("rslad", 3, teacher=teacher, steps=2)
     config = FERDConfig(**TINY, warmup_epochs=0, augment="none", cache_teacher_logits="none")
     expected, before = student_losses(FERDTrainer(teacher, student, config=config, method=method))
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ferdlib import losses, reweight
 from ferdlib.attacks import pgd
-from ferdlib.methods import FERDDistillation, FrozenTeacher, Method, create
+from ferdlib.methods import FERDDistillation, FrozenTeacher, Method, build_method
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -276,11 +276,14 @@ def test_another_method_is_called_in_order():
     calls = []
 
     class Plain:
-        def attack(self, student, x, y):
+        def reference(self, x):
+            return None
+
+        def attack(self, student, x, y, reference=None):
             calls.append("attack")
             return x
 
-        def loss(self, student, x, x_adv, y):
+        def loss(self, student, x, x_adv, y, reference=None):
             calls.append("loss")
             assert student.training
             return losses.cross_entropy(student(x_adv), y)
@@ -375,10 +378,10 @@ def test_wrong_parts_get_one_clear_sentence():
         ),
     ]
     for name, given, came in (
-        ("frl-ard", {}, "to be batches for the method FRLARD, got none"),
+        ("frl-ard", {}, "to be batches for the method ARD, got none"),
         ("ard", {"validation": []}, "to be none for the method ARD, got some"),
     ):
-        parts = {"method": create(name, 3, teacher=teacher), **given}
+        parts = {"method": build_method(name, 3, teacher=teacher), **given}
         call = partial(FERDTrainer, teacher, student, config=config, **parts)
         cases.append((ValueError, f"`validation` {came}", call))
     for kind, words, call in cases:

@@ -162,6 +162,7 @@ def iad(
     exponent: float = 0.1,
     introspection: bool = True,
     detach_student: bool = False,
+    weigh_teacher: bool = False,
     kl_weight: float = 1.0,
 ) -> Tensor:
     r"""IAD-I as released: the less the teacher can be trusted, the more the student trusts itself.
@@ -169,8 +170,8 @@ def iad(
     $$\alpha \tau^2 KL_\tau(T(x) \| S(\tilde x)) + \alpha (1 - A) KL(S(x) \| S(\tilde x))
       + (1 - \alpha) CE(S(x), y), \qquad A = p_T(y | \tilde x)^b$$
 
-    The temperature is in the first divergence only: the second one, and A, are at 1. The teacher's
-    term is not multiplied by A, and the student's own reference S(x) is trained too. Shapes,
+    The temperature is in the first divergence only: the second one, and A, are at 1. The paper multiplies
+    the first one by A, which is `weigh_teacher`. The student's own reference S(x) is trained too. Shapes,
     `kl_weight` and errors as the module says.
 
     Args:
@@ -181,6 +182,7 @@ def iad(
         exponent: b >= 0.
         introspection: False leaves the middle term out, as the release does in its first 60 epochs.
         detach_student: True makes S(x) a constant in the middle term.
+        weigh_teacher: True multiplies the first divergence by A, where there is introspection.
 
     Example:
         >>> flat, z = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
@@ -207,6 +209,8 @@ def iad(
         return loss
     # 1 - A is -expm1(log A), which keeps its digits where the teacher is nearly certain.
     log_trust = exponent * -cross_entropy(teacher_on_adv, targets)
+    if weigh_teacher:
+        loss = loss + divergence * torch.expm1(log_trust)
     own = clean.detach() if detach_student else clean
     return loss - alpha * kl_weight * torch.expm1(log_trust) * kl(own, adv)
 

@@ -1,50 +1,68 @@
-"""Robust training and distillation methods: an attack, a per-sample loss, and what happens after an epoch.
+"""Robust training and distillation: nine methods, FERD's own, and eight rules that go with each of them.
 
-`create("fair-ard", num_classes, teacher=...)` makes one by its name, with the settings of its paper or of its
-authors' release; `recipe` says how it is trained. They serve a plain loop and `FERDTrainer(method=...)`.
+A *method* is an attack and a per-sample loss, a *rule* reweighs the classes. `build_method` makes both by name,
+with the settings of their papers or of their authors' releases; `recipe` is the schedule to train with. They
+serve a plain loop and `FERDTrainer(method=...)`.
 """
 
+from typing import TYPE_CHECKING
+
+from ferdlib.methods import rules
 from ferdlib.methods.averaging import FairAverage
-from ferdlib.methods.base import Adversarial, Distilled, Fair
 from ferdlib.methods.distillation import ABSLD, ARD, IAD, MTARD, RSLAD, AdaAD
-from ferdlib.methods.fair import FairARD, FairIAD, FairMTARD, FairRSLAD
-from ferdlib.methods.fairness import CFAARD, DAFAARD, FAALARD, FATARD, FRLARD, GAIRARD, WATARD
 from ferdlib.methods.ferd import FERDDistillation
-from ferdlib.methods.plain import BAT, SAT, TRADES
-from ferdlib.methods.presets import METHODS, PRESETS, Recipe, create, recipe
-from ferdlib.methods.protocol import FrozenTeacher, Method
+from ferdlib.methods.frozen import FrozenTeacher
+from ferdlib.methods.presets import (
+    METHODS,
+    PRESETS,
+    RECIPES,
+    RULES,
+    Recipe,
+    build_method,
+    create,
+    recipe,
+)
+from ferdlib.methods.protocol import Adversarial, Distilled, Method, teacher_logits
+from ferdlib.methods.training import BAT, SAT, TRADES
 
 __all__ = [
     "ABSLD",
     "ARD",
     "BAT",
-    "CFAARD",
-    "DAFAARD",
-    "FAALARD",
-    "FATARD",
-    "FRLARD",
-    "GAIRARD",
     "IAD",
     "METHODS",
     "MTARD",
     "PRESETS",
+    "RECIPES",
     "RSLAD",
+    "RULES",
     "SAT",
     "TRADES",
-    "WATARD",
     "AdaAD",
     "Adversarial",
     "Distilled",
     "FERDDistillation",
-    "Fair",
-    "FairARD",
     "FairAverage",
-    "FairIAD",
-    "FairMTARD",
-    "FairRSLAD",
     "FrozenTeacher",
     "Method",
     "Recipe",
+    "build_method",
     "create",
     "recipe",
+    "rules",
+    "teacher_logits",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Say what became of a class of release 0.1."""
+        rule = {"GAIRARD": "GAIRAT", "FRLARD": "FRL", "FATARD": "FAT", "CFAARD": "CFA"}
+        rule |= {"FAALARD": "FAAL", "DAFAARD": "DAFA", "WATARD": "WAT"}
+        rule |= dict.fromkeys(("FairARD", "FairIAD", "FairRSLAD", "FairMTARD"), "LPS")
+        if name in rule:
+            method = name.removeprefix("Fair") if rule[name] == "LPS" else "ARD"
+            raise AttributeError(
+                f"ferdlib.methods.{name} is now {method}(..., rule=rules.{rule[name]}(...))"
+            )
+        raise AttributeError(f"module 'ferdlib.methods' has no attribute {name!r}")

@@ -8,7 +8,8 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 
 
 class FairAverage:
@@ -21,7 +22,7 @@ class FairAverage:
     ones (its counter of batches) are copied. The first average is a copy of the model.
 
     Args:
-        model: what is trained, unwrapped. A deep copy is made; the model itself is only ever read.
+        model: the trained one, unwrapped. A deep copy is made; the model itself is only ever read.
         decay: alpha in [0, 1], per update: per epoch in CFA.
         threshold: in [0, 1]; the release's default is 0.24 and its README's example 0.2.
 
@@ -51,26 +52,27 @@ class FairAverage:
         tensor([5., 5.])
     """
 
-    _name = "FairAverage"
-
+    @public
     def __init__(self, model: nn.Module, *, decay: float = 0.88, threshold: float = 0.2) -> None:
-        _checks.module(self._name, "model", model)
-        self.decay = _checks.number(self._name, "decay", decay, low=0.0, high=1.0)
-        self.threshold = _checks.number(self._name, "threshold", threshold, low=0.0, high=1.0)
+        _checks.module(model=model)
+        _checks.real(0, 1, decay=decay, threshold=threshold)
+        self.decay, self.threshold = decay, threshold
         self._average = AveragedModel(model, avg_fn=self._mixed, use_buffers=True)
         self.module.eval().requires_grad_(False)
 
     @property
     def module(self) -> nn.Module:
+        """The average."""
         return self._average.module
 
     @property
     def updates(self) -> int:
-        """How many models are in the average."""
+        """Number of models in the average."""
         return int(self._average.n_averaged)
 
+    @public
     def update(self, model: nn.Module, class_accuracy: Tensor) -> bool:
-        """Take the model into the average, if the accuracies allow it; returns whether they did.
+        """Take the model into the average if the accuracies allow it; returns whether they did.
 
         Args:
             model: the one that was given at first, or one like it.
@@ -78,26 +80,26 @@ class FairAverage:
                 class, which does not count.
         """
         expected = [tuple(value.shape) for value in _values(self.module)]
-        _checks.module(self._name, "model", model)
+        _checks.module(model=model)
         if [tuple(value.shape) for value in _values(model)] != expected:
-            raise ValueError(
-                f"{self._name}: expected `model` with the parameters and buffers of the first one, "
-                f"got other shapes"
+            raise InvalidValue(
+                "expected `model` with the parameters and buffers of the first one, got other shapes"
             )
         # As tensors: 0.7 in float32 reaches 0.7, though as a float it is less.
-        if not bool(self._worst(class_accuracy) >= self.threshold):
+        if not bool(_worst(class_accuracy) >= self.threshold):
             return False
         self._average.update_parameters(model)
         return True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the average's weights and buffers, and of how many models are in it."""
+        """Copies of the average's weights and buffers, and of the number of models in it."""
         return {key: value.clone() for key, value in self._average.state_dict().items()}
 
+    @public
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` returned."""
         # torch loads what fits before it complains of what does not.
-        _checks.state(self._name, state, self._average.state_dict())
+        _checks.state(state, self._average.state_dict())
         self._average.load_state_dict(state)
 
     def _mixed(self, average: Tensor, current: Tensor, _: Tensor | int) -> Tensor:
@@ -105,20 +107,19 @@ class FairAverage:
             return current
         return self.decay * average + (1 - self.decay) * current
 
-    def _worst(self, class_accuracy: Tensor) -> Tensor:
-        a = _checks.class_vector(self._name, class_accuracy, argument="class_accuracy")
-        present = a[~a.isnan()]
-        if not len(present):
-            raise ValueError(
-                f"{self._name}: expected `class_accuracy` of at least one class, got only nan"
-            )
-        outside = present[(present < 0) | (present > 1)]
-        if len(outside):
-            raise ValueError(
-                f"{self._name}: expected `class_accuracy` in [0, 1] (or nan), got {outside[0]:g}; "
-                f"divide percentages by 100"
-            )
-        return present.min()
+
+def _worst(class_accuracy: Tensor) -> Tensor:
+    """The smallest accuracy of a class that is there."""
+    _checks.class_vector(class_accuracy=class_accuracy)
+    present = class_accuracy[~class_accuracy.isnan()]
+    if not len(present):
+        raise InvalidValue("expected `class_accuracy` of at least one class, got only nan")
+    outside = present[(present < 0) | (present > 1)]
+    if len(outside):
+        raise InvalidValue(
+            f"expected `class_accuracy` in [0, 1] (or nan), got {outside[0]:g}; divide percentages by 100"
+        )
+    return present.min()
 
 
 def _values(model: nn.Module) -> Iterator[Tensor]:

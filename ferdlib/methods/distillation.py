@@ -8,13 +8,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ferdlib import losses
+from ferdlib import _checks, losses
 from ferdlib._modes import borrowed
 from ferdlib.attacks import pgd
 from ferdlib.losses import MTARDBalance
-from ferdlib.methods.base import Distilled
-from ferdlib.methods.protocol import FrozenTeacher
+from ferdlib.methods.protocol import Batch, Distilled, Terms, teacher_logits
 from ferdlib.reweight import ClassMean
+
+# Epochs after which the rates of MTARD and ABSLD fall to a tenth.
+DROPS = (215, 260, 285)
 
 
 @dataclass(kw_only=True)
@@ -22,8 +24,8 @@ class ARD(Distilled):
     """Adversarially robust distillation (Goldblum et al. 2020): `losses.ard`, PGD on the label.
 
     Attributes:
-        temperature: T of teacher and student.
-        alpha: share of the divergence; what remains is the cross-entropy on the images.
+        temperature: T > 0 of teacher and student.
+        alpha: share of the divergence, in [0, 1]; what remains is the cross-entropy on the images.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -36,30 +38,38 @@ class ARD(Distilled):
     temperature: float = 30.0
     alpha: float = 1.0
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return self.distil(student, x, student(x_adv), y)
+    def check(self) -> None:
+        super().check()
+        _checks.positive(temperature=self.temperature)
+        _checks.real(0, 1, alpha=self.alpha)
 
-    def distil(self, student: nn.Module, x: Tensor, student_adv: Tensor, y: Tensor) -> Tensor:
-        """The loss from the student's logits on the adversarial examples."""
-        return losses.ard(
-            student(x) if self.alpha < 1 else None,
-            student_adv,
-            self.logits(x),
-            y,
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        adv = student(batch.x_adv)
+        distilled = losses.ard(
+            student(batch.x) if self.alpha < 1 else None,
+            adv,
+            batch.reference,
+            batch.y,
             temperature=self.temperature,
             alpha=self.alpha,
             kl_weight=self.kl_weight,
         )
+        return distilled, adv
 
 
 @dataclass(kw_only=True)
-class IAD(Distilled):
-    """Introspective adversarial distillation (Zhu et al. 2022): trust the teacher as far as it is right.
+class IAD(ARD):
+    r"""Introspective adversarial distillation (Zhu et al. 2022): trust the teacher as far as it is right.
+
+    `ARD` for `begin` epochs, then, with $A = p_T(y | \tilde x)^b$, as the paper has it
+
+    $$A \, \tau^2 KL_\tau(T(x) \| S(\tilde x)) + (1 - A) KL(S(x) \| S(\tilde x)).$$
 
     Attributes:
-        temperature, alpha: as in `ARD`.
-        exponent: of the teacher's confidence on the adversarial example.
+        temperature, alpha: as in `ARD`; alpha multiplies both divergences.
+        exponent: b >= 0.
         begin: epochs without the student's introspection.
+        weigh_teacher: multiply the teacher's term by A; the release does not.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -68,23 +78,34 @@ class IAD(Distilled):
     """
 
     temperature: float = 1.0
-    alpha: float = 1.0
     exponent: float = 0.1
     begin: int = 60
+    weigh_teacher: bool = True
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return losses.iad(
-            student(x),
-            student(x_adv),
-            self.logits(x),
-            without_gradient(self.teacher, x_adv),
-            y,
+    def check(self) -> None:
+        super().check()
+        _checks.real(0, exponent=self.exponent)
+        _checks.integer(0, begin=self.begin)
+        _checks.instance(bool, weigh_teacher=self.weigh_teacher)
+
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        # Until then neither S(x) nor T(x~) is needed; S(x) in train mode would move BatchNorm, too.
+        if self.epoch < self.begin:
+            return super().terms(student, batch)
+        clean, adv = student(batch.x), student(batch.x_adv)
+        distilled = losses.iad(
+            clean,
+            adv,
+            batch.reference,
+            teacher_logits(self.teacher, batch.x_adv),
+            batch.y,
             temperature=self.temperature,
             alpha=self.alpha,
             exponent=self.exponent,
-            introspection=self.epoch >= self.begin,
+            weigh_teacher=self.weigh_teacher,
             kl_weight=self.kl_weight,
         )
+        return distilled, adv
 
 
 @dataclass(kw_only=True)
@@ -92,7 +113,7 @@ class RSLAD(Distilled):
     """Robust soft-label distillation (Zi et al. 2021): the teacher's clean logits everywhere.
 
     Attributes:
-        adv_weight: of the adversarial term; the clean one has the rest.
+        adv_weight: weight of the adversarial term, in [0, 1]; the clean one has the rest.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -103,26 +124,30 @@ class RSLAD(Distilled):
     adv_weight: float = 5 / 6
     random_start: Literal["uniform", "normal"] | None = "normal"
 
-    def objective(self, student: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-        return {"targets": self.logits(x), "loss": losses.distillation}
+    aims_at_reference: ClassVar[bool] = True
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return losses.rslad(
-            student(x),
-            student(x_adv),
-            self.logits(x),
-            adv_weight=self.adv_weight,
-            kl_weight=self.kl_weight,
-        )
+    def check(self) -> None:
+        super().check()
+        _checks.real(0, 1, adv_weight=self.adv_weight)
+
+    def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
+        return pgd(student, batch.x, batch.reference, loss=losses.distillation, **settings)
+
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        clean, adv = student(batch.x), student(batch.x_adv)
+        weights = {"adv_weight": self.adv_weight, "kl_weight": self.kl_weight}
+        return losses.rslad(clean, adv, batch.reference, **weights), adv
 
 
 @dataclass(kw_only=True)
 class MTARD(Distilled):
     """Two teachers (Zhao et al. 2022): a robust one for adversarial images, a natural one for clean ones.
 
+    The reference is the natural teacher's. The balance of the two sees the losses before a rule's weights.
+
     Attributes:
         natural_teacher: from images to logits.
-        rate: of the balance between the two, a tenth after each of the epochs `rate_drops`.
+        rate: rate of the balance, in [0, 1], a tenth after each of the epochs `rate_drops`.
         clean_target: "robust" puts the robust teacher's adversarial logits into the clean term too, the bug of
             Fair-MTARD's release; "natural" is what both papers say.
 
@@ -135,25 +160,36 @@ class MTARD(Distilled):
 
     natural_teacher: nn.Module
     rate: float = 0.025
-    rate_drops: tuple[int, ...] = (215, 260, 285)
+    rate_drops: tuple[int, ...] = DROPS
     clean_target: Literal["natural", "robust"] = "natural"
     random_start: Literal["uniform", "normal"] | None = "normal"
     balance: MTARDBalance = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = ("balance",)
+    stateful: ClassVar[tuple[str, ...]] = (*Distilled.stateful, "balance")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
+        _checks.module(natural_teacher=self.natural_teacher)
+        _checks.real(0, 1, rate=self.rate)
+        _checks.choice(("natural", "robust"), clean_target=self.clean_target)
+        _check_drops(self.rate_drops)
+
+    def bind(self) -> None:
+        super().bind()
         self.balance = MTARDBalance(rate=self.rate)
-        self.natural_logits = FrozenTeacher(self.natural_teacher)
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        robust = without_gradient(self.teacher, x_adv)
-        natural = self.natural_logits(x) if self.clean_target == "natural" else robust
-        adv = losses.distillation(student(x_adv), robust) * self.kl_weight
-        clean = losses.distillation(student(x), natural) * self.kl_weight
+    def reference(self, x: Tensor) -> Tensor | None:
+        natural = self.clean_target == "natural"
+        return teacher_logits(self.natural_teacher, x) if natural else None
+
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        robust = teacher_logits(self.teacher, batch.x_adv)
+        natural = batch.reference if self.clean_target == "natural" else robust
+        logits = student(batch.x_adv)
+        adv = losses.distillation(logits, robust) * self.kl_weight
+        clean = losses.distillation(student(batch.x), natural) * self.kl_weight
         adv_weight, clean_weight = self.balance.update(adv.detach().mean(), clean.detach().mean())
-        return adv_weight * adv + clean_weight * clean
+        return adv_weight * adv + clean_weight * clean, logits
 
     def end_epoch(self) -> None:
         super().end_epoch()
@@ -166,9 +202,10 @@ class AdaAD(Distilled):
     """Adaptive adversarial distillation (Huang et al. 2023): attack where student and teacher part.
 
     The teacher is run on each iterate, with gradients through it; this is a second model in the attack.
+    `train_mode` is the student's: the teacher stays in eval mode.
 
     Attributes:
-        alpha: of the adversarial term; the clean one has the rest.
+        alpha: weight of the adversarial term, in [0, 1]; the clean one has the rest, and needs the reference.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -181,26 +218,34 @@ class AdaAD(Distilled):
     alpha: float = 1.0
     random_start: Literal["uniform", "normal"] | None = "normal"
 
-    def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def check(self) -> None:
+        super().check()
+        _checks.real(0, 1, alpha=self.alpha)
+
+    def reference(self, x: Tensor) -> Tensor | None:
+        return super().reference(x) if self.alpha < 1 else None
+
+    def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
         def both(image: Tensor) -> tuple[Tensor, Tensor]:
             return student(image), self.teacher(image)
 
         def apart(logits: tuple[Tensor, Tensor], _: Tensor) -> Tensor:
             return losses.distillation(*logits)
 
-        # A callable is not put into eval mode by the attack, and its weights are not frozen.
-        with borrowed(student, self.teacher):
-            return pgd(both, x, **(self.ascent(student, x, y) | {"loss": apart}))
+        # The attack sees a function, which it neither puts into a mode nor freezes. As there, a student that
+        # is already in train mode keeps the flags of its modules.
+        mode: bool | None = settings.pop("train_mode")
+        if mode and isinstance(student, nn.Module) and student.training:
+            mode = None
+        with borrowed(student, training=mode), borrowed(self.teacher):
+            return pgd(both, batch.x, batch.y, loss=apart, **settings)
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return losses.adaad(
-            student(x) if self.alpha < 1 else None,
-            student(x_adv),
-            self.logits(x) if self.alpha < 1 else None,
-            without_gradient(self.teacher, x_adv),
-            alpha=self.alpha,
-            kl_weight=self.kl_weight,
-        )
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        clean = student(batch.x) if self.alpha < 1 else None
+        adv, teacher_adv = student(batch.x_adv), teacher_logits(self.teacher, batch.x_adv)
+        weights = {"alpha": self.alpha, "kl_weight": self.kl_weight}
+        reference = batch.reference if self.alpha < 1 else None
+        return losses.adaad(clean, adv, reference, teacher_adv, **weights), adv
 
 
 @dataclass(kw_only=True)
@@ -210,7 +255,7 @@ class ABSLD(RSLAD):
     A class with more than the mean loss gets sharper labels in the next epoch (`losses.class_temperatures`).
 
     Attributes:
-        rate: of the temperatures, a tenth after each of the epochs `rate_drops`.
+        rate: rate of the temperatures, >= 0, a tenth after each of the epochs `rate_drops`.
         adv_temperatures, clean_temperatures: float64 `(K,)`, ones at first.
 
     Example:
@@ -220,67 +265,61 @@ class ABSLD(RSLAD):
     """
 
     rate: float = 0.1
-    rate_drops: tuple[int, ...] = (215, 260, 285)
+    rate_drops: tuple[int, ...] = DROPS
     adv_temperatures: Tensor = field(init=False, repr=False)
     clean_temperatures: Tensor = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = ("adv_losses", "clean_losses")
+    stateful: ClassVar[tuple[str, ...]] = (
+        *(*RSLAD.stateful, "adv_temperatures", "clean_temperatures"),
+        *("adv_losses", "clean_losses"),
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.adv_temperatures = torch.ones(self.num_classes, dtype=torch.float64)
-        self.clean_temperatures = torch.ones(self.num_classes, dtype=torch.float64)
-        self.adv_losses = ClassMean(self.num_classes)
-        self.clean_losses = ClassMean(self.num_classes)
+    def check(self) -> None:
+        super().check()
+        _checks.real(0, rate=self.rate)
+        _check_drops(self.rate_drops)
 
-    def objective(self, student: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-        logits = self.logits(x)
-        return {
-            "targets": logits / self.adv_temperatures.to(logits)[y, None],
-            "loss": losses.distillation,
-        }
+    def bind(self) -> None:
+        super().bind()
+        ones = torch.ones(self.num_classes, dtype=torch.float64)
+        self.adv_temperatures, self.clean_temperatures = ones, ones.clone()
+        self.adv_losses, self.clean_losses = ClassMean(len(ones)), ClassMean(len(ones))
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        clean, adv, teacher = student(x), student(x_adv), self.logits(x)
+    def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
+        temperature = self.adv_temperatures.to(batch.reference)[batch.y, None]
+        batch = batch._replace(reference=batch.reference / temperature)
+        return super().ascend(student, batch, **settings)
+
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        clean, adv = student(batch.x), student(batch.x_adv)
         with torch.no_grad():
-            self.adv_losses.update(losses.cross_entropy(adv, y), y)
-            self.clean_losses.update(losses.cross_entropy(clean, y), y)
-        return losses.absld(
+            self.adv_losses.update(losses.cross_entropy(adv, batch.y), batch.y)
+            self.clean_losses.update(losses.cross_entropy(clean, batch.y), batch.y)
+        distilled = losses.absld(
             clean,
             adv,
-            teacher,
-            adv_temperature=self.adv_temperatures.to(teacher)[y],
-            clean_temperature=self.clean_temperatures.to(teacher)[y],
+            batch.reference,
+            adv_temperature=self.adv_temperatures.to(batch.reference)[batch.y],
+            clean_temperature=self.clean_temperatures.to(batch.reference)[batch.y],
             adv_weight=self.adv_weight,
             kl_weight=self.kl_weight,
         )
+        return distilled, adv
 
     def end_epoch(self) -> None:
         super().end_epoch()
         rate = self.rate * 0.1 ** sum(self.epoch > drop for drop in self.rate_drops)
-        pairs = (("adv_temperatures", self.adv_losses), ("clean_temperatures", self.clean_losses))
-        for name, means in pairs:
-            new = losses.class_temperatures(
-                getattr(self, name), means.compute().double(), rate=rate
-            )
-            setattr(self, name, new)
-            means.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        temperatures = {
-            "adv_temperatures": self.adv_temperatures.clone(),
-            "clean_temperatures": self.clean_temperatures.clone(),
-        }
-        return {**super().state_dict(), **temperatures}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.adv_temperatures = state["adv_temperatures"].clone()
-        self.clean_temperatures = state["clean_temperatures"].clone()
+        self.adv_temperatures = _moved(self.adv_temperatures, self.adv_losses, rate)
+        self.clean_temperatures = _moved(self.clean_temperatures, self.clean_losses, rate)
 
 
-def without_gradient(teacher: nn.Module, x: Tensor) -> Tensor:
-    """A teacher's logits in eval mode."""
-    with torch.no_grad(), borrowed(teacher):
-        logits: Tensor = teacher(x)
-    return logits
+def _moved(temperatures: Tensor, means: ClassMean, rate: float) -> Tensor:
+    """Return the next epoch's temperatures, and forget the class means of this one."""
+    moved = losses.class_temperatures(temperatures, means.compute().double(), rate=rate)
+    means.reset()
+    return moved
+
+
+def _check_drops(drops: tuple[int, ...]) -> None:
+    _checks.instance(tuple, rate_drops=drops)
+    _checks.integer(0, **{f"rate_drops[{i}]": drop for i, drop in enumerate(drops)})

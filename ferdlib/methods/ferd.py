@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
-from ferdlib import losses
+from ferdlib import _checks, losses
 from ferdlib.attacks import utae_pgd
-from ferdlib.methods.protocol import FrozenTeacher
+from ferdlib.methods.protocol import Adversarial, Batch, Terms, Uniform, teacher_logits
 from ferdlib.models.freeze import FrozenModel, fast_copy
 
 
 @dataclass(kw_only=True)
-class FERDDistillation:
+class FERDDistillation(Adversarial):
     """Train a student on images and their UTAEs (FERD section 4.4, Algorithm 1, lines 15-17).
 
     Attributes:
         teacher: gives the targets; only ever run in eval mode and without gradients.
+        num_classes: K; may stay 0 where no rule needs it.
         attack_model: whose UTAEs are made: the "student"'s, away from the teacher's clean prediction
             (as RSLAD and the release do), or the "teacher"'s own (Eq. 10 to the letter).
-        gamma, eps, step_size, steps, random_start: see `attacks.utae_pgd`.
+        gamma, eps, step_size, steps, random_start, rng: see `attacks.utae_pgd`.
+        train_mode: the student's in its attack; the teacher stays in eval mode.
         clean_weight, adv_weight: see `losses.ferd_distillation_loss`.
         fold_batchnorm: attack a fast copy of the student that follows it (`models.freeze_for_attack`), where
             torch.fx can trace it; its logits differ by about 1e-6.
-        logits: the teacher's, computed once per batch.
-        rng: source of the attack's noise.
+        rule: as in every method; one that counts steps counts those of the attacked model.
 
     Raises:
         TypeError, ValueError: a setting of another type, name or range.
@@ -43,39 +42,41 @@ class FERDDistillation:
     """
 
     teacher: nn.Module
+    num_classes: int = 0
     attack_model: Literal["student", "teacher"] = "student"
     gamma: float = 0.5
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    steps: int = 10
     random_start: Literal["uniform", "normal"] | None = "normal"
     clean_weight: float = 5 / 6
     adv_weight: float = 1 / 6
     fold_batchnorm: bool = True
-    rng: torch.Generator | None = None
-    logits: FrozenTeacher = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        _checks.settings("FERDDistillation", self)
-        self.logits = FrozenTeacher(self.teacher)
+    aims_at_reference: ClassVar[bool] = True
+
+    def check(self) -> None:
+        super().check()
+        _checks.module(teacher=self.teacher)
+        _checks.choice(("student", "teacher"), attack_model=self.attack_model)
+        _checks.real(0, gamma=self.gamma)
+        _checks.real(0, clean_weight=self.clean_weight, adv_weight=self.adv_weight)
+        _checks.instance(bool, fold_batchnorm=self.fold_batchnorm)
+
+    def bind(self) -> None:
+        if self.num_classes or not isinstance(self.rule, Uniform):
+            super().bind()
         self._copied: nn.Module | None = None
         self._copy: nn.Module = self.teacher
 
-    def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def reference(self, x: Tensor) -> Tensor | None:
+        return teacher_logits(self.teacher, x)
+
+    def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
         """UTAEs of x (Eq. 10); the labels play no part."""
-        _checks.module("FERDDistillation.attack", "student", student)
-        _checks.images("FERDDistillation.attack", x)
-        return utae_pgd(
-            self.teacher if self.attack_model == "teacher" else self._fast(student),
-            x,
-            self.logits(x),
-            gamma=self.gamma,
-            eps=self.eps,
-            step_size=self.step_size,
-            steps=self.steps,
-            random_start=self.random_start,
-            rng=self.rng,
-        )
+        _checks.module(student=student)
+        if self.attack_model == "teacher":
+            attacked, settings["train_mode"] = self.teacher, False
+        else:
+            attacked = student if self.train_mode else self._fast(student)
+        return utae_pgd(attacked, batch.x, batch.reference, gamma=self.gamma, **settings)
 
     def _fast(self, student: nn.Module) -> nn.Module:
         """The student as it is now, in a copy that is made once."""
@@ -87,21 +88,8 @@ class FERDDistillation:
             self._copy.follow(student)
         return self._copy
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        """Eq. 11 of each sample, `(N,)`; images and examples are two forwards of the student."""
-        return losses.ferd_distillation_loss(
-            student(x),
-            student(x_adv),
-            self.logits(x),
-            clean_weight=self.clean_weight,
-            adv_weight=self.adv_weight,
-        )
-
-    def end_epoch(self) -> None:
-        """Nothing changes between FERD's epochs."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        """Eq. 11 of each sample; images and examples are two forwards of the student."""
+        clean, adv = student(batch.x), student(batch.x_adv)
+        weights = {"clean_weight": self.clean_weight, "adv_weight": self.adv_weight}
+        return losses.ferd_distillation_loss(clean, adv, batch.reference, **weights), adv

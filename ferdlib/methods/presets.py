@@ -1,31 +1,68 @@
-"""The methods by name, with the settings of their papers and of their authors' released codes."""
+"""Methods and their rules by name, with the settings of their papers and of their authors' releases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import nn
+from typing_extensions import deprecated
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.methods.base import Adversarial, Distilled
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
+from ferdlib.methods import rules
 from ferdlib.methods.distillation import ABSLD, ARD, IAD, MTARD, RSLAD, AdaAD
-from ferdlib.methods.fair import FairARD, FairIAD, FairMTARD, FairRSLAD
-from ferdlib.methods.fairness import CFAARD, DAFAARD, FAALARD, FATARD, FRLARD, GAIRARD, WATARD
-from ferdlib.methods.plain import BAT, SAT, TRADES
+from ferdlib.methods.ferd import FERDDistillation
+from ferdlib.methods.protocol import Adversarial, Rule
+from ferdlib.methods.training import BAT, SAT, TRADES
 
 Preset = Literal["paper", "released"]
+
+METHODS: dict[str, type[Adversarial]] = {
+    **{"sat": SAT, "trades": TRADES, "bat": BAT, "ard": ARD, "iad": IAD, "rslad": RSLAD},
+    **{"mtard": MTARD, "adaad": AdaAD, "absld": ABSLD, "ferd": FERDDistillation},
+}
+# The prefix of a name: "fair-rslad" is RSLAD with LPS.
+RULES: dict[str, type[Rule]] = {
+    **{"fair": rules.LPS, "gair": rules.GAIRAT, "frl": rules.FRL, "fat": rules.FAT},
+    **{"cfa": rules.CFA, "faal": rules.FAAL, "dafa": rules.DAFA, "wat": rules.WAT},
+}
+
+_BALL = {"eps": 0.031, "step_size": 0.007}
+_CODE: dict[str, Any] = {"train_mode": True}
+_MEAN: dict[str, Any] = {"kl_mean": True}
+# Settings of paper and release that are not the defaults of the class.
+_SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    # Madry et al. attack with 7 steps; their code with 10, in train mode.
+    "sat": ({"steps": 7}, _CODE),
+    "trades": (_BALL, _BALL),
+    # The release's ball, which is that of TRADES.
+    "bat": (_BALL, _BALL),
+    "ard": ({}, _CODE | _MEAN),
+    "iad": ({}, _CODE | {"weigh_teacher": False}),
+    "rslad": ({}, _MEAN),
+    "mtard": ({}, _MEAN),
+    "adaad": ({}, _MEAN),
+    "absld": ({}, _MEAN),
+    "ferd": ({"attack_model": "teacher", "random_start": None}, {"gamma": 0.0}),
+}
+_FAIR = ("ard", "iad", "rslad", "mtard")
+_FAIR_CODE = {"count": "correct", "clip": (5 / 6, 5 / 2)}
+
+# By name; of the pairs only Fair-ARD's four have a release, the other rules' papers train without a teacher.
+PRESETS: dict[str, dict[Preset, Mapping[str, Any]]] = {
+    **{name: {"paper": paper, "released": code} for name, (paper, code) in _SETTINGS.items()},
+    **{f"{rule}-{name}": {"paper": _SETTINGS[name][0]} for rule in RULES for name in METHODS},
+}
+for _name in _FAIR:
+    PRESETS[f"fair-{_name}"]["released"] = {**_SETTINGS[_name][1], **_FAIR_CODE}
+PRESETS["fair-mtard"]["released"] = {**_MEAN, **_FAIR_CODE, "clean_target": "robust"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a method is trained: SGD with momentum, whose rate falls to a tenth after the given epochs.
-
-    Attributes:
-        epochs: passes over the data.
-        milestones: after how many epochs the rate falls.
-        batch_size, lr, momentum, weight_decay, nesterov: of SGD.
+    """SGD with momentum, whose rate falls to a tenth after each of the epochs `milestones`.
 
     Example:
         >>> recipe("rslad").milestones
@@ -41,155 +78,138 @@ class Recipe:
     nesterov: bool = False
 
 
-METHODS: Mapping[str, type[Adversarial]] = {
-    "sat": SAT,
-    "trades": TRADES,
-    "bat": BAT,
-    "ard": ARD,
-    "iad": IAD,
-    "rslad": RSLAD,
-    "mtard": MTARD,
-    "adaad": AdaAD,
-    "absld": ABSLD,
-    "fair-ard": FairARD,
-    "fair-iad": FairIAD,
-    "fair-rslad": FairRSLAD,
-    "fair-mtard": FairMTARD,
-    "gair-ard": GAIRARD,
-    "frl-ard": FRLARD,
-    "fat-ard": FATARD,
-    "cfa-ard": CFAARD,
-    "faal-ard": FAALARD,
-    "dafa-ard": DAFAARD,
-    "wat-ard": WATARD,
-}
-
-_ON_ARD = ("gair", "frl", "fat", "cfa", "faal", "dafa", "wat")
-_TRADES_BALL = {"eps": 0.031, "step_size": 0.007}
-_ARD_CODE = {"train_mode": True, "kl_mean": True}
-_FAIR_CODE = {"count": "correct", "clip": (5 / 6, 5 / 2)}
-
-# What a preset sets that is not the class's default. The papers of the robust-fairness rules put them onto
-# adversarial training; on ARD, as in Fair-ARD's Table 4, they have no release.
-PRESETS: Mapping[str, Mapping[Preset, Mapping[str, Any]]] = {
-    "sat": {"paper": {}, "released": {}},
-    "trades": {"paper": _TRADES_BALL, "released": _TRADES_BALL},
-    "bat": {"paper": _TRADES_BALL, "released": _TRADES_BALL},
-    "ard": {"paper": {}, "released": _ARD_CODE},
-    "iad": {"paper": {}, "released": {"train_mode": True}},
-    "rslad": {"paper": {}, "released": {"kl_mean": True}},
-    "mtard": {"paper": {}, "released": {"kl_mean": True}},
-    "adaad": {"paper": {}, "released": {"kl_mean": True}},
-    "absld": {"paper": {}, "released": {"kl_mean": True}},
-    "fair-ard": {"paper": {}, "released": _ARD_CODE | _FAIR_CODE},
-    "fair-iad": {"paper": {}, "released": {"train_mode": True} | _FAIR_CODE},
-    "fair-rslad": {"paper": {}, "released": {"kl_mean": True} | _FAIR_CODE},
-    "fair-mtard": {
-        "paper": {},
-        "released": {"kl_mean": True, "clean_target": "robust"} | _FAIR_CODE,
-    },
-    **{f"{name}-ard": {"paper": {}} for name in _ON_ARD},
-}
-
-# The released codes of ARD and IAD (and so of Fair-ARD and Fair-IAD) compute the second drop from the first
-# rate again: it never falls to a hundredth.
-_ARD_PAPER = Recipe(epochs=200, milestones=(100, 150))
-_ARD_CODE_RECIPE = Recipe(epochs=200, milestones=(100,))
+_ARD = Recipe(epochs=200, milestones=(100, 150))
+# The releases of ARD and IAD compute the second drop from the first rate again: none falls to a hundredth.
+_ARD_CODE = replace(_ARD, milestones=(100,))
 _RSLAD = Recipe(epochs=300, milestones=(215, 260, 285))
-
-RECIPES: Mapping[str, Mapping[Preset, Recipe]] = {
-    "sat": dict.fromkeys(
-        ("paper", "released"), Recipe(epochs=110, milestones=(100, 105), weight_decay=5e-4)
-    ),
-    "trades": dict.fromkeys(("paper", "released"), Recipe(epochs=76, milestones=(74,))),
-    "bat": dict.fromkeys(("paper", "released"), Recipe(epochs=76, milestones=(74,))),
-    "adaad": dict.fromkeys(
-        ("paper", "released"), Recipe(epochs=200, milestones=(100, 150), weight_decay=5e-4)
-    ),
-    **{
-        name: {"paper": _ARD_PAPER, "released": replace(_ARD_CODE_RECIPE, nesterov=nesterov)}
-        for name, nesterov in (
-            ("ard", False),
-            ("iad", False),
-            ("fair-ard", True),
-            ("fair-iad", True),
-        )
-    },
-    **{
-        name: {"paper": _RSLAD, "released": replace(_RSLAD, nesterov=name.startswith("fair"))}
-        for name in ("rslad", "mtard", "absld", "fair-rslad", "fair-mtard")
-    },
-    **{f"{name}-ard": {"paper": _ARD_PAPER} for name in _ON_ARD},
+# One recipe where the paper gives none of its own, or the same.
+_RECIPES: dict[str, tuple[Recipe, ...]] = {
+    # The code's 80,000 steps of 128 images, with drops at 40,000 and 60,000.
+    "sat": (Recipe(epochs=205, milestones=(102, 154)),),
+    "trades": (Recipe(epochs=76, milestones=(74,)),),
+    # The code's; its epochs are counted from 1.
+    "bat": (Recipe(epochs=200, milestones=(74, 89, 99)),),
+    "ard": (_ARD, _ARD_CODE),
+    "iad": (_ARD, _ARD_CODE),
+    **dict.fromkeys(("rslad", "mtard", "absld"), (_RSLAD,)),
+    "adaad": (replace(_ARD, weight_decay=5e-4),),
 }
+# A rule changes nothing of it, but that Fair-ARD's releases have Nesterov momentum.
+RECIPES: dict[str, dict[Preset, Recipe]] = {
+    **{name: {"paper": both[0], "released": both[-1]} for name, both in _RECIPES.items()},
+    **{f"{rule}-{name}": {"paper": _RECIPES[name][0]} for rule in RULES for name in _RECIPES},
+}
+for _name in _FAIR:
+    RECIPES[f"fair-{_name}"]["released"] = replace(_RECIPES[_name][-1], nesterov=True)
 
 
-def create(
+@public
+def build_method(
     name: str,
     num_classes: int,
     *,
     teacher: nn.Module | None = None,
     natural_teacher: nn.Module | None = None,
     preset: Preset = "paper",
+    rule: Rule | None = None,
     **settings: Any,
 ) -> Adversarial:
-    """A method by its name.
+    """Build a method, with its rule, by name.
 
     Args:
-        name: "sat", "trades", "bat", "ard", "iad", "rslad", "mtard", "adaad", "absld", "fair-ard", "fair-iad",
-            "fair-rslad", "fair-mtard", "gair-ard", "frl-ard", "fat-ard", "cfa-ard", "faal-ard", "dafa-ard" or
-            "wat-ard".
+        name: one of `METHODS`, alone ("rslad") or behind one of `RULES` ("fair-rslad").
         num_classes: K >= 2.
-        teacher: the robust teacher, for all but the first three.
-        natural_teacher: for the two MTARDs.
+        teacher: the robust teacher, for all but "sat", "trades" and "bat".
+        natural_teacher: for "mtard".
         preset: "paper" is the text, "released" what the authors' code computes, bugs included
-            (docs/paper-map.md); the robust-fairness rules on ARD have no release.
-        **settings: what shall differ from the preset, as fields of the method's class.
+            (docs/paper-map.md); of the names with a rule only Fair-ARD's four have a release.
+        rule: a rule of other settings, for a name without one.
+        **settings: fields of the method's or the rule's class that shall differ from the preset.
 
     Returns:
-        The method, to be used in one's own loop or given to `FERDTrainer(method=...)`.
+        The method, for a loop of one's own or for `FERDTrainer(method=...)`.
 
     Raises:
         TypeError, ValueError: an unknown name, preset or setting, or a teacher that is missing or not wanted.
 
     Example:
-        >>> create("trades", 10).eps, create("trades", 10, eps=8 / 255, beta=1.0).beta
+        >>> build_method("trades", 10).eps, build_method("trades", 10, eps=8 / 255, beta=1.0).beta
         (0.031, 1.0)
+        >>> build_method("cfa-sat", 10, begin=5).rule.begin
+        5
     """
-    function = "create"
-    _checks.choice(function, "name", name, tuple(METHODS))
-    _checks.choice(function, "preset", preset, tuple(PRESETS[name]))
-    kind: Any = METHODS[name]
-    given = {"teacher": teacher, "natural_teacher": natural_teacher}
-    wanted = {"teacher": issubclass(kind, Distilled), "natural_teacher": issubclass(kind, MTARD)}
-    for argument, model in given.items():
-        if model is not None:
-            _checks.module(function, argument, model)
-        if wanted[argument] != (model is not None):
-            expected = "a module" if wanted[argument] else "none"
-            came = "none" if model is None else type(model).__name__
-            raise ValueError(
-                f"{function}: expected `{argument}` to be {expected} for {name!r}, got {came}"
-            )
-    known = {field.name for field in fields(kind) if field.init}
-    for setting in settings:
-        _checks.choice(function, "settings", setting, sorted(known - set(given)))
-    models = {argument: model for argument, model in given.items() if wanted[argument]}
-    method: Adversarial = kind(
-        num_classes=num_classes, **models, **{**PRESETS[name][preset], **settings}
-    )
-    return method
+    given = {**_preset(PRESETS, name, preset), **settings}
+    prefix, _, base = name.rpartition("-")
+    models = {"teacher": teacher, "natural_teacher": natural_teacher}
+    of_method, of_rule = _fields(METHODS[base]), _fields(RULES[prefix]) if prefix else set()
+    for argument, model in models.items():
+        if (argument in of_method) != (model is not None):
+            expected = "a" if argument in of_method else "no"
+            came = "none" if model is None else f"a {type(model).__name__}"
+            raise InvalidValue(f"expected {expected} `{argument}` for {name!r}, got {came}")
+    if prefix and rule is not None:
+        raise InvalidValue(f"expected no `rule` for {name!r}, which has one; use {base!r} with it")
+    of_method -= {*models, "num_classes", "rule"}
+    for setting in given:
+        if setting not in of_method ^ of_rule:
+            both = ", which method and rule both have; use `rule`" * (setting in of_method)
+            known = ", ".join(sorted(of_method ^ of_rule))
+            raise InvalidValue(f"expected `settings` among {known}, got {setting!r}{both}")
+    if prefix:
+        rule = RULES[prefix](**{key: given[key] for key in given.keys() & of_rule})
+    parts = {**models, "rule": rule}
+    own = {key: given[key] for key in given.keys() & of_method}
+    own |= {key: part for key, part in parts.items() if part is not None}
+    return METHODS[base](num_classes=num_classes, **own)
 
 
+@public
 def recipe(name: str, preset: Preset = "paper") -> Recipe:
-    """How the papers, or their codes, train with a method on CIFAR-10.
+    """Schedule to train with a method on CIFAR-10, from its paper or its release.
+
+    Where a paper says nothing, it is that of its release. "ferd" has none: `FERDConfig` is its schedule.
 
     Raises:
-        ValueError: an unknown name or preset.
+        TypeError, ValueError: an unknown name or preset.
 
     Example:
         >>> recipe("fair-ard", "released").milestones  # (100, 150) in the paper
         (100,)
     """
-    _checks.choice("recipe", "name", name, tuple(RECIPES))
-    _checks.choice("recipe", "preset", preset, tuple(RECIPES[name]))
-    return RECIPES[name][preset]
+    found: Recipe = _preset(RECIPES, name, preset)
+    return found
+
+
+@deprecated("ferdlib.methods.create is now called ferdlib.methods.build_method")
+def create(name: str, num_classes: int, **settings: Any) -> Adversarial:
+    """`build_method` under its old name.
+
+    Example:
+        >>> build_method("sat", 3).steps
+        7
+    """
+    return build_method(name, num_classes, **settings)
+
+
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in fields(kind) if field.init}
+
+
+def _preset(data: Mapping[str, Mapping[Preset, Any]], name: str, preset: Preset) -> Any:
+    _checks.instance(str, name=name)
+    _checks.choice(("paper", "released"), preset=preset)
+    if name not in data:
+        methods = _listed(name for name in data if "-" not in name)
+        raise InvalidValue(
+            f"expected `name` to be one of {methods}, alone or behind one of {_listed(RULES)} and a hyphen, "
+            f"got {name!r}"
+        )
+    if preset not in data[name]:
+        raise InvalidValue(
+            f"expected `preset` 'paper' for {name!r}, a pair without a release, got {preset!r}"
+        )
+    return data[name][preset]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,30 +1,60 @@
-"""What a trainer asks of a robust distillation method."""
+"""The two halves of robust training: a method has an attack and a loss, a rule reweighs the classes.
+
+A step, with the student in train mode, is
+
+    reference = method.reference(x)
+    x_adv = method.attack(student, x, y, reference)
+    loss = method.loss(student, x, x_adv, y, reference).mean()
+
+After an epoch come `validate(student, batches)` where `needs_validation` says so, `sync()` where processes of
+`torch.distributed` train together, and `end_epoch()`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidState, InvalidType, public
 from ferdlib._modes import borrowed
+from ferdlib.attacks import pgd
+from ferdlib.distributed import Ranks
+from ferdlib.reweight import ClassMean
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Ball = tuple[float | Tensor, float | Tensor]
+OnStep = Callable[[int, Tensor, Any], None]
+# Losses (N,), and the student's logits (N, K) on the adversarial images.
+Terms = tuple[Tensor, Tensor]
 
 
 @runtime_checkable
 class Method(Protocol):
-    """Attack plus loss plus end-of-epoch rule.
+    """Everything that a trainer asks of a method; any object with these is one.
 
-    A step of training is `x_adv = method.attack(student, x, y)`, then
-    `method.loss(student, x, x_adv, y).mean()` with the student in train mode. `end_epoch` updates what
-    changes once per epoch (class weights, temperatures); `state_dict` gives it out. A method that learns
-    from images that are not trained on (FRL, WAT) also has `validate(student, batches)`, before `end_epoch`;
-    one that learns in several processes has `sync()`, between the two.
+    `reference(x)` returns the clean logits that the method aims at, or None. They travel as a value: pass on
+    what it returned for the same images, or None, and each function computes its own. `loss` returns `(N,)`.
     """
 
-    def attack(self, student: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...
+    def reference(self, x: Tensor) -> Tensor | None: ...
 
-    def loss(self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor: ...
+    def attack(
+        self, student: nn.Module, x: Tensor, y: Tensor, reference: Tensor | None = None
+    ) -> Tensor: ...
+
+    def loss(
+        self,
+        student: nn.Module,
+        x: Tensor,
+        x_adv: Tensor,
+        y: Tensor,
+        reference: Tensor | None = None,
+    ) -> Tensor: ...
 
     def end_epoch(self) -> None: ...
 
@@ -33,45 +63,292 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class FrozenTeacher:
-    """A teacher's logits in eval mode and without gradients, computed once per batch.
+class Batch(NamedTuple):
+    """Images, their labels, the method's reference, and in the loss the adversarial images."""
 
-    Attack and loss of a step ask for the same images: the logits of the last tensor that came are kept
-    until another one comes, or until that one is changed in place.
+    x: Tensor
+    y: Tensor
+    reference: Any
+    x_adv: Any = None
 
-    Args:
-        model: from images to logits `(N, K)`.
 
-    Raises:
-        TypeError: `model` is not a module.
+def teacher_logits(teacher: nn.Module, x: Tensor) -> Tensor:
+    """A teacher's logits in eval mode and without gradients; the teacher is given back as it was.
 
     Example:
-        >>> teacher = FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
-        >>> x = torch.rand(2, 1, 2, 2)
-        >>> teacher(x) is teacher(x)
-        True
+        >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> teacher_logits(teacher, torch.rand(2, 1, 2, 2)).requires_grad
+        False
+    """
+    with torch.no_grad(), borrowed(teacher):
+        logits: Tensor = teacher(x)
+    return logits
+
+
+class Stateful:
+    """State of the attributes that `stateful` names: tensors, integers, objects with a state of their own."""
+
+    stateful: ClassVar[tuple[str, ...]] = ("epoch",)
+
+    def sync(self) -> None:
+        """Make what each process has learnt that of all: class sums are added, other floats averaged.
+
+        A collective call before `end_epoch`; in a single process it does nothing.
+        """
+        ranks = Ranks.here()
+        # Tensors are not touched: they are results of `end_epoch`, the same everywhere.
+        for part in map(self.__getattribute__, self.stateful):
+            if isinstance(part, Stateful):
+                part.sync()
+            elif isinstance(part, ClassMean):
+                ranks.add_to(part)
+            elif hasattr(part, "state_dict") and ranks.size > 1:
+                state = part.state_dict()
+                part.load_state_dict({key: _average(ranks, value) for key, value in state.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that continuing needs, also in the middle of an epoch."""
+        parts = {name: getattr(self, name) for name in self.stateful}
+        states = {name: v.state_dict() for name, v in parts.items() if hasattr(v, "state_dict")}
+        tensors = {name: v.clone() for name, v in parts.items() if isinstance(v, Tensor)}
+        return parts | states | tensors
+
+    @public
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned; a state that does not fit changes nothing."""
+        own = self.state_dict()
+        _checks.state(state, own)
+        try:
+            self._load(state)
+        except Exception:
+            self._load(own)
+            raise
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name in self.stateful:
+            part, value = getattr(self, name), state[name]
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(value)
+            elif isinstance(part, Tensor):
+                setattr(self, name, value.clone())
+            else:
+                _checks.integer(0, **{name: value})
+                setattr(self, name, value)
+
+
+def _average(ranks: Ranks, value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return ranks.mean(value) if floating else value
+
+
+@dataclass(kw_only=True)
+class Rule(Stateful):
+    """How a method weighs the classes; a subclass overrides what it changes.
+
+    A rule belongs to one method, which gives it `num_classes` and calls everything else here.
+
+    Attributes:
+        num_classes: K, or 0 as long as the rule has no method.
+        epoch: number of epochs that have ended.
+        needs_validation: whether `validate` must come before `end_epoch`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = _checks.module("FrozenTeacher", "model", model)
-        self._images: Tensor | None = None
-        self._version = -1
-        self._logits: Tensor | None = None
+    num_classes: int = field(default=0, init=False)
+    epoch: int = field(default=0, init=False)
 
-    def remember(self, x: Tensor, logits: Tensor) -> None:
-        """Take the logits of `x` for known."""
-        _checks.tensor("FrozenTeacher.remember", "x", x)
-        _checks.tensor("FrozenTeacher.remember", "logits", logits)
-        self._images, self._logits = x, logits
-        self._version = -1 if x.is_inference() else x._version
+    needs_validation: ClassVar[bool] = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        _checks.tensor("FrozenTeacher", "x", x)
-        # Tensors made under inference_mode have no version counter, and are not kept.
-        version = -1 if x.is_inference() else x._version
-        known = self._images is x and version == self._version != -1
-        if self._logits is None or not known:
-            with torch.no_grad(), borrowed(self.model):
-                self.remember(x, self.model(x))
-        assert self._logits is not None
-        return self._logits
+    @public
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings of another type, name or range."""
+
+    @public
+    def bind(self, num_classes: int) -> None:
+        """Learn the number of classes; a subclass makes its statistics here."""
+        if self.num_classes:
+            raise InvalidState(
+                "expected a rule of its own for each method, got one that another has; make a second"
+            )
+        self.num_classes = num_classes
+
+    def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
+        """Radius and step of the attack, numbers or one per sample `(N,)`."""
+        return eps, step_size
+
+    def watch(self, targets: Tensor, steps: int) -> OnStep | None:
+        """Return a hook for the attack's steps (`on_step` of `attacks.pgd`), or None.
+
+        AdaAD's attack runs two models: it hands over the pair of their logits, the student's first.
+        """
+        return None
+
+    def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """Reweigh a method's losses `(N,)`; `logits` are the student's on the adversarial images."""
+        return losses
+
+    def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
+        """Learn from images that are not trained on."""
+
+    def end_epoch(self) -> None:
+        """Turn what the epoch has shown into what the next one uses."""
+        self.epoch += 1
+
+
+@dataclass(kw_only=True)
+class Uniform(Rule):
+    """All classes alike."""
+
+
+@dataclass(kw_only=True)
+class Adversarial(Stateful):
+    """A `Method` with one attack, one loss and a rule; a subclass has its own `ascend` and `terms`.
+
+    Every start of an attack is projected to the ball and the image range, as by SAT's authors; the releases of
+    ARD and IAD leave a uniform start outside the range until the first step.
+
+    Attributes:
+        num_classes: K >= 2.
+        eps, step_size, steps, random_start, train_mode, rng: see `attacks.pgd`.
+        rule: reweighs the classes, see `methods.rules`.
+        epoch: number of epochs that have ended.
+
+    Raises:
+        TypeError, ValueError: a setting of another type, name or range.
+        RuntimeError: a `rule` that another method has.
+    """
+
+    num_classes: int
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+    random_start: Literal["uniform", "normal"] | None = "uniform"
+    train_mode: bool = False
+    rule: Rule = field(default_factory=Uniform)
+    rng: torch.Generator | None = None
+    epoch: int = field(default=0, init=False)
+
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "rule")
+    # Whether the attack aims at the reference, which is computed for it if none came.
+    aims_at_reference: ClassVar[bool] = False
+
+    @public
+    def __post_init__(self) -> None:
+        self.check()
+        self.bind()
+
+    def check(self) -> None:
+        """Refuse settings of another type, name or range."""
+        _checks.real(0, eps=self.eps, step_size=self.step_size)
+        _checks.integer(0, steps=self.steps)
+        _checks.choice(("uniform", "normal", None), random_start=self.random_start)
+        _checks.instance(bool, train_mode=self.train_mode)
+        _checks.instance(Rule, rule=self.rule)
+        _checks.generator(self.rng)
+
+    def bind(self) -> None:
+        """Tell the rule the number of classes; a subclass makes its statistics here."""
+        _checks.integer(2, num_classes=self.num_classes)
+        self.rule.bind(self.num_classes)
+
+    def reference(self, x: Tensor) -> Tensor | None:
+        """Return the clean logits that attack and loss aim at, if there are any."""
+        return None
+
+    @public
+    def attack(
+        self, student: nn.Module, x: Tensor, y: Tensor, reference: Tensor | None = None
+    ) -> Tensor:
+        """Adversarial images like x."""
+        self._check(student, y, x=x)
+        if reference is None and self.aims_at_reference:
+            reference = self.reference(x)
+        eps, step_size = self.rule.ball(self.eps, self.step_size, y)
+        return self.ascend(
+            student,
+            Batch(x, y, reference),
+            eps=eps,
+            step_size=step_size,
+            steps=self.steps,
+            random_start=self.random_start,
+            train_mode=self.train_mode,
+            rng=self.rng,
+            on_step=self.rule.watch(y, self.steps),
+        )
+
+    def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
+        """Climb the cross-entropy by `attacks.pgd`, of which `settings` are the other arguments."""
+        return pgd(student, batch.x, batch.y, **settings)
+
+    @public
+    def loss(
+        self,
+        student: nn.Module,
+        x: Tensor,
+        x_adv: Tensor,
+        y: Tensor,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """One value per sample, `(N,)`, reweighted by the rule."""
+        self._check(student, y, x=x, x_adv=x_adv)
+        reference = self.reference(x) if reference is None else reference
+        losses, logits = self.terms(student, Batch(x, y, reference, x_adv))
+        return self.rule.combine(losses, logits, y)
+
+    def terms(self, student: nn.Module, batch: Batch) -> Terms:
+        """Losses `(N,)` before the rule, and the student's logits `(N, K)` on the adversarial images."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a subclass with a loss")
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the rule learns from images that are not trained on."""
+        return self.rule.needs_validation
+
+    @public
+    def validate(self, student: nn.Module, batches: Batches) -> None:
+        """Let the rule measure held-out images, before `end_epoch`; the student is left as it was."""
+        _checks.callable_(student=student)
+        if not isinstance(batches, Iterable):
+            raise InvalidType(
+                f"expected `batches` of images and labels, got {_checks.got(batches)}"
+            )
+        self.rule.validate(self, student, batches)
+
+    def end_epoch(self) -> None:
+        """Count the epoch, here and in the rule."""
+        # The rule first: where it refuses, the epoch is still open.
+        self.rule.end_epoch()
+        self.epoch += 1
+
+    def _check(self, student: object, y: Tensor, **images: Tensor) -> None:
+        _checks.callable_(student=student)
+        _checks.images(**images)
+        _checks.labels(y=y, num_classes=self.num_classes or None, like=images["x"])
+
+
+@dataclass(kw_only=True)
+class Distilled(Adversarial):
+    """A method with a robust teacher, run in eval mode and without gradients.
+
+    Attributes:
+        teacher: from images to logits.
+        kl_mean: divide divergences by K, as the releases' `KLDivLoss()` does.
+    """
+
+    teacher: nn.Module
+    kl_mean: bool = False
+
+    def check(self) -> None:
+        super().check()
+        _checks.module(teacher=self.teacher)
+        _checks.instance(bool, kl_mean=self.kl_mean)
+
+    def reference(self, x: Tensor) -> Tensor | None:
+        return teacher_logits(self.teacher, x)
+
+    @property
+    def kl_weight(self) -> float:
+        """Factor of every divergence."""
+        return 1 / self.num_classes if self.kl_mean else 1.0

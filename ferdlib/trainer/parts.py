@@ -204,7 +204,7 @@ def check_given(*, generator: object, source: object, method: object, **function
 
 
 def check_method(method: Method, validation: object) -> None:
-    if hasattr(method, "validate") != (validation is not None):
+    if getattr(method, "needs_validation", False) != (validation is not None):
         expected, came = ("none", "some") if validation is not None else ("batches", "none")
         raise ValueError(
             f"FERDTrainer: expected `validation` to be {expected} for the method "
