@@ -41,6 +41,7 @@ __all__ = [
     "callable_",
     "choice",
     "class_vector",
+    "confusion",
     "device",
     "file",
     "floating",
@@ -202,6 +203,19 @@ def class_vector(
         raise InvalidValue(
             f"expected `{name}` in {interval(low, high)} (or nan), got {outside[0]:g}{hint}"
         )
+
+
+def confusion(**named: Any) -> None:
+    """Counts, int64 `(K, K)` with K >= 2 and none below 0; the host reads one flag."""
+    tensor(**named)
+    for name, value in named.items():
+        if value.dtype != torch.int64:
+            raise InvalidType(f"expected `{name}` in int64, got {got(value)}")
+        shape = tuple(value.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 2:
+            raise InvalidValue(f"expected `{name}` of shape (K, K) with K >= 2, got {shape}")
+        if bool((value < 0).any()):
+            raise InvalidValue(f"expected counts >= 0 in `{name}`, got {int(value.min())}")
 
 
 def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) -> float | Tensor:

@@ -1,14 +1,14 @@
-"""What the figures share: colours, the Axes, checks of names, and texts that do not overlap."""
+"""Colours, Axes, checks and tick labels that all figures share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.metrics import _accuracies
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,31 +22,29 @@ LEGEND: Any = {
     "borderaxespad": 0,
     "frameon": False,
 }
-# Inches at matplotlib's default font sizes: of a character, and of a line with the space around it.
+# Inches of a character, and of a line with the space around it, at matplotlib's default font sizes.
 CHARACTER, LINE = 0.085, 0.18
 
 
 def axes(
-    function: str,
-    ax: object,
+    ax: Any,
     width: float,
     height: float,
     *,
     layout: Literal["constrained", "compressed"] = "constrained",
 ) -> Axes:
-    """The caller's Axes, or those of a new figure of so many inches."""
+    """Return the caller's Axes, or those of a new figure of so many inches."""
     try:
         from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f'{function}: expected matplotlib, got "{error}"; pip install "ferdlib[plot]"'
+            f'ferdlib.plots: expected matplotlib, got "{error}"; pip install "ferdlib[plot]"'
         ) from error
     if ax is None:
         return Figure(figsize=(width, height), layout=layout).add_subplot()
-    if not isinstance(ax, Axes):
-        raise TypeError(f"{function}: expected `ax` as matplotlib Axes, got {_checks.got(ax)}")
-    return ax
+    _checks.instance(Axes, ax=ax)
+    return cast(Axes, ax)
 
 
 def class_width(k: int) -> float:
@@ -61,36 +59,42 @@ def inches(ax: Axes) -> tuple[float, float]:
     return box.width / dpi, box.height / dpi
 
 
-def named(function: str, argument: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(
-            f"{function}: expected `{argument}` as tensors by name, got {_checks.got(value)}; "
-            f'pass {{"name": tensor}}'
-        )
-    if not value:
-        raise ValueError(f"{function}: expected at least one tensor in `{argument}`, got none")
-    return value
+def by_name(**tensors: Any) -> dict[str, Any]:
+    """Return the values of a mapping under the names that errors give them."""
+    _checks.instance(Mapping, **tensors)
+    ((name, found),) = tensors.items()
+    if not found:
+        raise InvalidValue(f"expected at least one tensor in `{name}`, got none")
+    return {f"{name}[{key!r}]": value for key, value in found.items()}
 
 
-def class_names(function: str, value: Any, k: int) -> list[str] | None:
-    return None if value is None else _checks.strings(function, "class_names", value, count=k)
+def check_names(class_names: Any, k: int) -> None:
+    if class_names is not None:
+        _checks.strings(k, class_names=class_names)
 
 
-def percent(function: str, argument: str, value: Tensor) -> Tensor:
-    """Class accuracies in %, float64 `(K,)` on the host."""
-    return 100 * _accuracies(function, value, argument=argument).detach().cpu()
+def on_host(value: Tensor) -> Tensor:
+    """Return numbers in float64, without a graph."""
+    return value.detach().cpu().double()
 
 
 def tick_classes(
-    ax: Axes, names: list[str] | None, k: int, *, which: str = "x", first: float = 0, pitch: int = 1
+    ax: Axes,
+    names: Sequence[str] | None,
+    k: int,
+    *,
+    which: str = "x",
+    first: float = 0,
+    pitch: int = 1,
 ) -> None:
-    """Class names at the ticks, slanted, or only every so many, where they would overlap."""
+    """Write class names at the ticks; slant them or skip some where they would overlap."""
     width, height = inches(ax)
-    labels = names or [str(c) for c in range(k)]
+    labels = list(names or map(str, range(k)))
     length = CHARACTER * max(map(len, labels)) + 0.1
     slanted = names is not None and k * length > width
     needed = {"x": k * (1.4 * LINE if slanted else length) / width, "y": k * LINE / height}
     fewest = max(needed[axis] for axis in which)
+    # Round steps are easier to count than the smallest that fits.
     step = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if s >= fewest), k)
     ticks = [first + pitch * c for c in range(0, k, step)]
     if "y" in which:

@@ -1,4 +1,4 @@
-"""One figure per class: accuracies, and weights beside them."""
+"""Class-wise accuracies as bars or lines, and class weights over them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 from ferdlib.plots import _common
 from ferdlib.plots._common import COLOURS, LEGEND, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Inches of a small "23.8": its length, and its height with some space, and upright with less.
+# Inches of a small "23.8": its length, its height with some space, and with less if it stands upright.
 LENGTH, HEIGHT, TIGHT = 0.3, 0.15, 0.105
 
 
+@public
 def plot_classes(
     accuracies: Mapping[str, Tensor],
     *,
@@ -29,26 +31,26 @@ def plot_classes(
     ylabel: str = "accuracy (%)",
     ax: Axes | None = None,
 ) -> Axes:
-    """Class-wise accuracy of several models or attacks (FERD Fig. 1, which draws lines).
+    """Draw the class-wise accuracy of several models or attacks (FERD Fig. 1, which draws lines).
 
-    The worst class of each is hatched, or ringed on a line, and its value is written, in %.
+    The worst class of each model is hatched, or ringed on a line, with its value in %.
 
     Args:
         accuracies: by name, class accuracies `(K,)` in [0, 1], `nan` for an absent class.
-        intervals: for any of these names, `(K, 2)`, the lower and the upper end of an error bar
+        intervals: `(K, 2)` for some or all of these names, the lower and upper end of an error bar
             around each accuracy; `nan` draws none.
         kind: "bars" side by side, or "lines" with markers.
         class_names: K strings.
-        ylabel: what was measured.
-        ax: where to draw.
+        ylabel: name of the measured quantity.
+        ax: Axes to draw on.
 
     Returns:
-        The Axes. Its containers are, for each name, K bars, the hatched one, and the error bars.
+        The Axes. Its containers are, for each name, K bars, the hatched bar, and the error bars.
 
     Raises:
         TypeError: no mapping, tensors that are not float, or class names that are not strings.
-        ValueError: no tensor, shapes that differ, values outside [0, 1], an interval that its
-            accuracy is not in, or of a name without accuracies.
+        ValueError: no tensor, shapes that differ, values outside [0, 1], an interval without its
+            accuracy inside, or for a name without accuracies.
 
     Example:
         >>> import torch
@@ -56,23 +58,25 @@ def plot_classes(
         >>> [float(bar.get_height()) for bar in ax.containers[0]], ax.texts[0].get_text()
         ([50.0, nan, 75.0], '50.0')
     """
-    name = "plot_classes"
-    _checks.choice(name, "kind", kind, ("bars", "lines"))
-    rows = {
-        model: _common.percent(name, f"accuracies[{model!r}]", a)
-        for model, a in _common.named(name, "accuracies", accuracies).items()
-    }
-    _checks.same_shape(name, **{f"accuracies[{model!r}]": row for model, row in rows.items()})
+    _checks.choice(("bars", "lines"), kind=kind)
+    named = _common.by_name(accuracies=accuracies)
+    _checks.class_vector(0, 1, **named)
+    _checks.alike(**named)
+    rows = {model: 100 * _common.on_host(value) for model, value in accuracies.items()}
+    # A model without intervals has error bars of no length.
     ends = {model: torch.stack([row, row]) for model, row in rows.items()}
-    given = {} if intervals is None else _common.named(name, "intervals", intervals)
+    given = {} if intervals is None else intervals
+    if intervals is not None:
+        _checks.floating(**_common.by_name(intervals=intervals))
     for model, value in given.items():
-        _checks.choice(name, "intervals", model, list(rows))
-        ends[model] = _interval(name, f"intervals[{model!r}]", value, rows[model])
+        _checks.choice(list(rows), intervals=model)
+        ends[model] = _interval(f"intervals[{model!r}]", value, rows[model])
     low, high = torch.stack(list(ends.values()), dim=1)
-    names = _common.class_names(name, class_names, k := low.shape[1])
-    ax = _common.axes(name, ax, _common.class_width(k), 3.4)
+    k = low.shape[1]
+    _common.check_names(class_names, k)
+    ax = _common.axes(ax, _common.class_width(k), 3.4)
 
-    # To the next ten; a float32 of 0.8 is 80.000001 %, and 80 all the same.
+    # Up to the next ten; a float32 of 0.8 is 80.000001 %, and 80 all the same.
     top = 10 * math.ceil(high.nan_to_num(nan=0.0).max() / 10 - 1e-6) or 100
     ax.set(ylabel=ylabel, xlim=(-0.6, k - 0.4), ylim=(0, 1.03 * top))
     ax.set_yticks(range(0, top + 1, 20 if top > 50 else 10))
@@ -84,32 +88,33 @@ def plot_classes(
     for i, (model, row) in enumerate(rows.items()):
         worst, colour = int(row.nan_to_num(nan=math.inf).argmin()), COLOURS[i % len(COLOURS)]
         x = torch.arange(k) + (step * (i - (len(rows) - 1) / 2) if bars else 0)
-        at, value = float(x[worst]), float(row[worst])
+        at, lowest = float(x[worst]), float(row[worst])
         handle: Any
         if bars:
             handle = ax.bar(x.tolist(), row.tolist(), step, color=colour, label=model)
-            mark: Any = ax.bar(at, value, step, facecolor="none", edgecolor="black", hatch="////")
+            mark: Any = ax.bar(at, lowest, step, facecolor="none", edgecolor="black", hatch="////")
         else:
             style: Any = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
             [handle] = ax.plot(x.tolist(), row.tolist(), label=model, **style)
-            [mark] = ax.plot(at, value, "o", linestyle="none", **ring)
+            [mark] = ax.plot(at, lowest, "o", linestyle="none", **ring)
         drawn.append(handle)
         if model in given:
             lengths = [(row - low[i]).tolist(), (high[i] - row).tolist()]
             ax.errorbar(x.tolist(), row.tolist(), yerr=lengths, **thin)
-        if not math.isnan(value):
+        if not math.isnan(lowest):
             if bars:
                 # Upright texts are wider than their bars: all stand above the highest of the class.
                 y = float(high[:, worst].nan_to_num(nan=0.0).max() if upright else high[i, worst])
             else:
                 y = _free_below(low[:, worst], i, space=0.2 * top)
-            values.append((at, y, f"{value:.1f}", colour))
+            values.append((at, y, f"{lowest:.1f}", colour))
     _write_values(ax, values, sign=1 if bars else -1, upright=upright)
-    _common.tick_classes(ax, names, k)
+    _common.tick_classes(ax, class_names, k)
     ax.legend([*drawn, mark], [*rows, "worst class"], **LEGEND)
     return ax
 
 
+@public
 def plot_weights(
     weights: Tensor,
     accuracy: Tensor,
@@ -119,18 +124,18 @@ def plot_weights(
     accuracy_label: str = "robust accuracy (%)",
     ax: Axes | None = None,
 ) -> Axes:
-    """Class robustness as bars, class weights as a line on an axis of their own (FERD Fig. 4).
+    """Draw class robustness as bars, and class weights as a line on a second axis (FERD Fig. 4).
 
     Args:
         weights: class weights or sampling probabilities `(K,)`, non-negative; `nan` leaves a gap.
         accuracy: class accuracies `(K,)` in [0, 1], `nan` for an absent class.
         class_names: K strings.
-        weights_label: of the right axis.
-        accuracy_label: of the left axis.
-        ax: where to draw.
+        weights_label: text of the right axis.
+        accuracy_label: text of the left axis.
+        ax: Axes to draw on.
 
     Returns:
-        The Axes with the bars. That with the line is the last one of its figure.
+        The Axes with the bars. The Axes with the line is the last one of its figure.
 
     Raises:
         TypeError: tensors that are not float, or class names that are not strings.
@@ -142,17 +147,17 @@ def plot_weights(
         >>> ax.figure.axes[-1].lines[0].get_ydata().tolist()
         [0.75, 0.25]
     """
-    name = "plot_weights"
-    w = _checks.class_vector(name, weights, argument="weights").detach().cpu().double()
-    a = _common.percent(name, "accuracy", accuracy)
-    _checks.same_shape(name, weights=w, accuracy=a)
-    if bool((w < 0).any()):
-        raise ValueError(f"{name}: expected non-negative `weights`, got {w[w < 0][0]:g}")
-    names = _common.class_names(name, class_names, k := len(w))
-    ax = _common.axes(name, ax, _common.class_width(k), 3.2)
+    _checks.class_vector(0, weights=weights)
+    _checks.class_vector(0, 1, accuracy=accuracy)
+    w, a = _common.on_host(weights), 100 * _common.on_host(accuracy)
+    _checks.alike(weights=w, accuracy=a)
+    k = len(w)
+    _common.check_names(class_names, k)
+    ax = _common.axes(ax, _common.class_width(k), 3.2)
+    # twinx makes its Axes the one that pyplot draws on next; the caller's choice is put back.
     current = ax.figure.gca()
     twin = ax.twinx()
-    ax.figure.sca(current)  # twinx made its Axes the one that pyplot draws on next
+    ax.figure.sca(current)
     ax.bar(range(k), a.tolist(), 0.7, color=COLOURS[0], alpha=0.65)
     twin.plot(range(k), w.tolist(), "o-", color=COLOURS[1], markeredgecolor="white")
     sides = (ax, a, accuracy_label, COLOURS[0]), (twin, w, weights_label, COLOURS[1])
@@ -161,24 +166,22 @@ def plot_weights(
         side.tick_params(axis="y", labelcolor=colour)
         side.set_ylim(0, 1.1 * float(row.nan_to_num(nan=0.0).max()) or 1.0)
     ax.set_xlim(-0.6, k - 0.4)
-    _common.tick_classes(ax, names, k)
+    _common.tick_classes(ax, class_names, k)
     return ax
 
 
-def _interval(function: str, argument: str, value: Any, row: Tensor) -> Tensor:
-    """Lower and upper ends in %, `(2, K)`; the accuracy itself where there are none."""
-    if _checks.floating(function, argument, value).shape != (len(row), 2):
-        raise ValueError(
-            f"{function}: expected `{argument}` of shape ({len(row)}, 2), got {tuple(value.shape)}"
-        )
-    ends = 100 * value.detach().cpu().double().T
+def _interval(name: str, value: Tensor, row: Tensor) -> Tensor:
+    """Return lower and upper ends in %, `(2, K)`; the accuracy itself where there are none."""
+    if value.shape != (len(row), 2):
+        raise InvalidValue(f"expected `{name}` of shape ({len(row)}, 2), got {tuple(value.shape)}")
+    ends = 100 * _common.on_host(value).T
     # An end may miss 0, 1 or its accuracy by the rounding of float32.
     limits = torch.stack([row.new_zeros(row.shape), row, row.new_full(row.shape, 100.0)])
     wrong = ((ends < limits[:2] - 1e-3) | (ends > limits[1:] + 1e-3)).any(dim=0)
     if bool(wrong.any()):
         c = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{function}: expected `{argument}` in [0, 1] and around each accuracy, got "
+        raise InvalidValue(
+            f"expected `{name}` in [0, 1] and around each accuracy, got "
             f"({ends[0, c] / 100:g}, {ends[1, c] / 100:g}) around {row[c] / 100:g} in class {c}"
         )
     ends = torch.where(ends.isnan(), row, ends)
@@ -186,7 +189,7 @@ def _interval(function: str, argument: str, value: Any, row: Tensor) -> Tensor:
 
 
 def _free_below(column: Tensor, i: int, *, space: float) -> float:
-    """Where the value of line i has room: under its own point, or else under those of all lines."""
+    """Return the height at which the value of line i has room: under its point, or under all lines."""
     lower = column[column < column[i]]
     crowded = len(lower) and column[i] - lower.max() < space
     return float(lower.min() if crowded else column[i])
@@ -195,14 +198,14 @@ def _free_below(column: Tensor, i: int, *, space: float) -> float:
 def _write_values(
     ax: Axes, values: list[tuple[float, float, str, str]], *, sign: int, upright: bool
 ) -> None:
-    """Texts above (sign 1) or below (-1) their points, farther off where two would overlap."""
+    """Write texts above (sign 1) or below (-1) their points, farther off where two would overlap."""
     from matplotlib.colors import to_rgb
     from matplotlib.patheffects import withStroke
 
     (left, right), (wide, high) = ax.get_xlim(), _common.inches(ax)
     width = (TIGHT if upright else LENGTH) * (right - left) / wide
     placed: list[tuple[float, float]] = []
-    # The room that they need below or above makes them larger in units of the axis: a few rounds.
+    # Room for the texts makes the axis longer, and so each text larger in its units: a few rounds settle it.
     for _ in range(4):
         bottom, top = ax.get_ylim()
         inch = (top - bottom) / high
@@ -219,5 +222,6 @@ def _write_values(
     style |= {"path_effects": [withStroke(linewidth=2, foreground="white")]}
     style |= {"xytext": (0, 3 if sign > 0 else -6), "textcoords": "offset points"}
     for at, (_, _, text, colour) in zip(placed, values, strict=True):
-        darker = tuple(0.75 * part for part in to_rgb(colour))  # thin strokes look paler
+        # Thin strokes look paler than bars.
+        darker = tuple(0.75 * part for part in to_rgb(colour))
         ax.annotate(text, at, color=darker, **style)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 from ferdlib.plots import _common
 from ferdlib.plots._common import COLOURS, LEGEND, MARKERS
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@public
 def plot_sweep(
     values: Sequence[float],
     figures: Mapping[str, Tensor],
@@ -25,7 +27,7 @@ def plot_sweep(
     ylabel: str,
     ax: Axes | None = None,
 ) -> Axes:
-    """Metrics, as they come, against a parameter that was varied (FERD Fig. 5 and 8).
+    """Draw metrics over a parameter that was varied (FERD Fig. 5 and 8).
 
     Repetitions are small dots, with a line through their means and a band of one standard deviation
     (`ddof=1`) to either side.
@@ -33,9 +35,9 @@ def plot_sweep(
     Args:
         values: S finite numbers; the line goes through them in ascending order.
         figures: by name, a metric `(S,)`, or `(S, R)` of R runs each; `nan` leaves a gap.
-        xlabel: what was varied.
-        ylabel: what was measured, with its unit.
-        ax: where to draw.
+        xlabel: name of the parameter.
+        ylabel: name of the metric, with its unit.
+        ax: Axes to draw on.
 
     Returns:
         The Axes.
@@ -51,24 +53,22 @@ def plot_sweep(
         >>> ax.lines[0].get_ydata().tolist(), len(ax.lines[1].get_ydata())
         ([0.375, 0.5], 4)
     """
-    name = "plot_sweep"
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(
-            f"{name}: expected `values` as a list of numbers, got {_checks.got(values)}"
-        )
-    x, order = torch.tensor([_checks.number(name, "values", v) for v in values]).double().sort()
-    rows = {}
-    for label, value in _common.named(name, "figures", figures).items():
-        y = _checks.floating(name, f"figures[{label!r}]", value).detach().cpu().double()
-        if y.ndim not in (1, 2) or len(y) != len(x) or not y.numel():
-            raise ValueError(
-                f"{name}: expected `figures[{label!r}]` of shape ({len(x)},) or ({len(x)}, R), "
-                f"a row for each of `values`, got {tuple(y.shape)}"
+    _checks.instance(Sequence, values=values)
+    for i, each in enumerate(values):
+        _checks.real(**{f"values[{i}]": each})
+    x, order = torch.tensor(values).double().sort()
+    named = _common.by_name(figures=figures)
+    _checks.floating(**named)
+    for name, value in named.items():
+        if value.ndim not in (1, 2) or len(value) != len(x) or not value.numel():
+            raise InvalidValue(
+                f"expected `{name}` of shape ({len(x)},) or ({len(x)}, R), a row for each of `values`, "
+                f"got {tuple(value.shape)}"
             )
-        if bool(y.isinf().any()):
-            raise ValueError(f"{name}: expected finite `figures[{label!r}]` (or nan), got inf")
-        rows[label] = y.reshape(len(x), -1)[order]
-    ax = _common.axes(name, ax, 5.6, 3.4)
+        if bool(value.isinf().any()):
+            raise InvalidValue(f"expected finite `{name}` (or nan), got inf")
+    rows = {key: _common.on_host(y).reshape(len(x), -1)[order] for key, y in figures.items()}
+    ax = _common.axes(ax, 5.6, 3.4)
     for i, (label, y) in enumerate(rows.items()):
         mean, runs, colour = y.mean(dim=1), y.shape[1], COLOURS[i % len(COLOURS)]
         style: Any = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
@@ -83,6 +83,7 @@ def plot_sweep(
     return ax
 
 
+@public
 def plot_survival(
     fooled_at: Tensor,
     targets: Tensor,
@@ -92,10 +93,10 @@ def plot_survival(
     class_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Share of each class that is still correct at every iterate of an attack so far.
+    """Draw each class's share of samples that no iterate of an attack has fooled so far.
 
-    Their mean is black, the class that ends worst thicker; beyond K = 12 only that one is in colour.
-    Counts of `ferdlib.attacks.least_pgd_steps` (Fair-ARD Eq. 5) can be drawn as they are: its
+    The mean over classes is black, the class that ends worst thicker; beyond K = 12 only that class has a
+    colour. Counts of `ferdlib.attacks.least_pgd_steps` (Fair-ARD Eq. 5) can be drawn as they are: its
     `steps=T` judges the iterates 0..T-1 and says T for never, which is `steps=T - 1` here.
 
     Args:
@@ -104,7 +105,7 @@ def plot_survival(
         num_classes: K >= 2; a class without samples has no curve.
         steps: the last iterate, at least 1.
         class_names: K strings.
-        ax: where to draw.
+        ax: Axes to draw on.
 
     Returns:
         The Axes. Its first line is the mean, then come the classes that have samples.
@@ -120,18 +121,21 @@ def plot_survival(
         >>> [line.get_ydata().tolist() for line in ax.lines]
         [[75.0, 75.0, 25.0], [50.0, 50.0, 50.0], [100.0, 100.0, 0.0]]
     """
-    name = "plot_survival"
-    k = _checks.integer(name, "num_classes", num_classes, low=2)
-    t = range(_checks.integer(name, "steps", steps, low=1) + 1)
-    y = _checks.labels(name, _checks.tensor(name, "targets", targets).cpu(), num_classes=k)
-    first = _checks.tensor(name, "fooled_at", fooled_at).cpu()
-    _checks.labels(name, first, length=len(y), num_classes=len(t) + 1, argument="fooled_at")
-    names = _common.class_names(name, class_names, k) or [f"class {c}" for c in range(k)]
-    ax = _common.axes(name, ax, 6.0, 3.8)
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(1, steps=steps)
+    _checks.tensor(targets=targets, fooled_at=fooled_at)
+    k, y, first = num_classes, targets.cpu(), fooled_at.cpu()
+    _checks.labels(num_classes=k, targets=y)
+    _checks.labels(num_classes=steps + 2, like=y, fooled_at=first)
+    _common.check_names(class_names, k)
+    names = class_names or [f"class {c}" for c in range(k)]
+    ax = _common.axes(ax, 6.0, 3.8)
     from matplotlib.ticker import MaxNLocator
 
+    t = range(steps + 1)
     alive = 100 * (first[:, None] > torch.tensor(t)).double()
     share = torch.stack([alive[y == c].mean(dim=0) for c in range(k)])
+    # An absent class has no curve, and is not the worst.
     mean, end = share.nanmean(dim=0).tolist(), share[:, -1].nan_to_num(nan=math.inf)
     worst = int(end.argmin())
     ax.step(t, mean, where="mid", color="black", linewidth=3, label="mean over classes")

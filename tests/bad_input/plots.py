@@ -10,13 +10,13 @@ from ferdlib import plots
 
 def by_name(rows):
     """Return no mapping of names to tensors, and mappings with these rows in them."""
-    wrong = [*any_of(TypeError, "tensors by name", Z, None), ({}, ValueError, "at least one")]
+    wrong = [*any_of(TypeError, "a Mapping", Z, None), ({}, ValueError, "at least one")]
     return wrong + [({"a": value}, error, said) for value, error, said in rows]
 
 
 ENDS = torch.stack([torch.zeros(K), torch.ones(K)], dim=1)
 shaped = ({"a": v} for v in (ENDS[0], ENDS[:-1], ENDS.T, ENDS[None]))
-intervals = any_of(ValueError, f"({K}, 2)", *shaped) + any_of(TypeError, "tensors by name", ENDS)
+intervals = any_of(ValueError, f"({K}, 2)", *shaped) + any_of(TypeError, "a Mapping", ENDS)
 intervals += any_of(ValueError, "around each accuracy", {"a": ENDS / 10}, {"a": ENDS - 0.1})
 intervals += any_of(TypeError, "`intervals['a']`", {"a": 1}, {"a": ENDS.long()})
 intervals += any_of(ValueError, "one of 'a'", {"b": ENDS})
@@ -30,7 +30,7 @@ each(plots.plot_weights, weights=t.class_vector(FIGURES, 0) + short, accuracy=FR
 good(plots.plot_confusion, confusion=COUNTS)
 switches = any_of(TypeError, "one of True, False", "row", 1, None)
 each(plots.plot_confusion, confusion=CONFUSION, normalize=switches)
-values = any_of(TypeError, "as a list of numbers", 0.1, "0.1", None)
+values = any_of(TypeError, "", 0.1, "0.1", None)
 values += [(["0.1", 0.2, 0.3], TypeError, "a number"), ([t.NAN, 0.2, 0.3], ValueError, " in ")]
 values += any_of(ValueError, "`figures['a']`", [0.1, 0.2], [])
 runs = t.tensor(Z[:, 0], torch.int64, "a row for each")
