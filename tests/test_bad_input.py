@@ -50,13 +50,13 @@ def _files(tmp_path_factory):
 
 def run(call: Call, changes: dict[str, object]) -> None:
     arguments = call.valid | changes
-    if make := arguments.pop("self", None):
-        arguments["self"] = make()
-    call.says = call.says or name_of(call.function, arguments.get("self"))
-    call.function(**arguments)
+    make = arguments.pop("self", None)
+    owner = [make()] if make else []
+    call.says = call.says or name_of(call.function, *owner)
+    call.function(*owner, **arguments)
 
 
-def name_of(function, owner) -> str:
+def name_of(function, owner=None) -> str:
     """Return the name that errors start with: the function's, the class's, or Class.method."""
     name, kind = function.__name__, type(owner).__name__
     if owner is None:

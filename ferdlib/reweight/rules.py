@@ -58,7 +58,7 @@ def margin_minmax(class_margins: Tensor, *, low: float = 0.05, high: float = 0.2
     _checks.class_vector(class_margins=class_margins)
     _checks.real(0, low=low, high=high)
     if low >= high:
-        raise InvalidValue(f"expected `high` > `low` = {low:g}, got {high:g}")
+        raise InvalidValue(f"expected `high` in ({low:g}, inf), above `low`, got {high:g}")
     d = filled(-class_margins.double())
     span = d.max() - d.min()
     p = low + (high - low) * (d - d.min()) / span if span > 0 else torch.ones_like(d)
