@@ -205,15 +205,16 @@ def class_vector(
         )
 
 
-def confusion(**named: Any) -> None:
-    """Counts, int64 `(K, K)` with K >= 2 and none below 0; the host reads one flag."""
+def confusion(*, batched: bool = False, **named: Any) -> None:
+    """Counts, int64 `(K, K)` with K >= 2 and none below 0; with `batched`, `(..., K, K)`."""
     tensor(**named)
     for name, value in named.items():
         if value.dtype != torch.int64:
-            raise InvalidType(f"expected `{name}` in int64, got {got(value)}")
-        shape = tuple(value.shape)
-        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 2:
-            raise InvalidValue(f"expected `{name}` of shape (K, K) with K >= 2, got {shape}")
+            raise InvalidType(f"expected `{name}` as int64 counts, got {got(value)}")
+        shape, wanted = tuple(value.shape), "(..., K, K)" if batched else "(K, K)"
+        square = len(shape) >= 2 and shape[-1] == shape[-2] >= 2
+        if not square or (len(shape) > 2 and not batched):
+            raise InvalidValue(f"expected `{name}` of shape {wanted} with K >= 2, got {shape}")
         if bool((value < 0).any()):
             raise InvalidValue(f"expected counts >= 0 in `{name}`, got {int(value.min())}")
 

@@ -18,8 +18,9 @@ def borrowed(*models: object, training: bool | None = False, freeze: bool = True
     Args:
         *models: modules; other callables carry no state that could be set, and are left alone.
         training: False for eval mode, True for train mode, None to leave the flags as they are.
-        freeze: whether parameters stop requiring gradients inside the block.
+        freeze: stop parameters from requiring gradients inside the block.
     """
+    # One by one: `model.train()` reaches into children, and a subclass may have made it do something else.
     modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
     parameters = [p for m in modules for p in m.parameters(recurse=False)] if freeze else []
     flags = [(m, m.training) for m in modules]

@@ -1,7 +1,9 @@
 """Class-wise accuracy and fairness figures, from counts.
 
-Accuracies are fractions in [0, 1], one per class, `nan` for a class without samples. The figures
-ignore such a class, are float64, and are `nan` themselves where no class has samples.
+Accuracies are fractions in [0, 1], float `(..., K)` with one per class, `nan` for a class without samples.
+The figures are taken over the last axis: float64 `(...)`, so that the resamples of a bootstrap need no loop. They
+ignore an absent class, and are `nan` where no class has samples. All raise TypeError for another dtype, ValueError
+for K < 2, another shape or values out of range.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, public
 
 __all__ = [
     "average",
@@ -25,6 +28,7 @@ __all__ = [
 ]
 
 
+@public
 def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """Counts: row i, column j holds how many samples of class i were predicted as j.
 
@@ -39,161 +43,139 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> 
         int64 `(K, K)`, on the device of the targets.
 
     Raises:
-        TypeError: labels that are not int64; for logits, take `argmax(1)` first.
+        TypeError: labels that are not int64; of logits, take `argmax(1)` first.
         ValueError: shapes that differ, or labels out of range (checked on every device).
 
     Example:
-        >>> import torch
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2)
         tensor([[1, 1],
                 [0, 1]])
     """
-    name = "confusion_matrix"
-    k = _checks.integer(name, "num_classes", num_classes, low=2)
-    if isinstance(predictions, Tensor) and predictions.is_floating_point():
-        raise TypeError(
-            f"{name}: expected `predictions` as int64 labels, got {_checks.got(predictions)}; "
-            f"take argmax(1) of the logits"
+    _checks.integer(2, num_classes=num_classes)
+    _checks.tensor(targets=targets, predictions=predictions)
+    if predictions.is_floating_point():
+        got = _checks.got(predictions)
+        raise InvalidType(
+            f"expected `predictions` in int64, got {got}; take argmax(1) of the logits"
         )
     # On the host, where the range can be read: a wrong pair of labels could count as a right one.
-    true = _checks.labels(name, _checks.tensor(name, "targets", targets).cpu(), num_classes=k)
-    predicted = _checks.labels(
-        name,
-        _checks.tensor(name, "predictions", predictions).cpu(),
-        length=len(true),
-        num_classes=k,
-        argument="predictions",
-    )
+    true, predicted, k = targets.cpu(), predictions.cpu(), num_classes
+    _checks.labels(num_classes=k, targets=true)
+    _checks.labels(num_classes=k, like=true, predictions=predicted)
     counts = torch.bincount(true * k + predicted, minlength=k * k)
     return counts.reshape(k, k).to(targets.device)
 
 
+@public
 def class_accuracy(confusion: Tensor) -> Tensor:
     """Accuracy of each class, the diagonal over the row sums.
 
     Args:
-        confusion: int64 counts `(K, K)`, rows true, columns predicted.
+        confusion: int64 counts `(..., K, K)`, rows true, columns predicted.
 
     Returns:
-        float64 `(K,)` in [0, 1]; `nan` for a class without samples.
-
-    Raises:
-        TypeError: counts that are not int64.
-        ValueError: a matrix that is not square with K >= 2, or negative counts.
+        float64 `(..., K)` in [0, 1]; `nan` for a class without samples.
 
     Example:
-        >>> import torch
         >>> class_accuracy(torch.tensor([[3, 1], [0, 0]]))
         tensor([0.7500,    nan], dtype=torch.float64)
     """
-    counts = _counts("class_accuracy", confusion)
-    return counts.diagonal().double() / counts.sum(dim=1)
+    _checks.confusion(batched=True, confusion=confusion)
+    return confusion.diagonal(dim1=-2, dim2=-1).double() / confusion.sum(dim=-1)
 
 
+@public
 def average(acc: Tensor) -> Tensor:
     """Macro mean, each present class counting the same however many samples it has.
 
-    Args:
-        acc: class accuracies `(K,)` in [0, 1], `nan` for an absent class.
-
-    Returns:
-        0-dim float64; `nan` if all classes are absent.
-
-    Raises:
-        TypeError: a dtype that is not float.
-        ValueError: a shape that is not `(K,)` with K >= 2, or values outside [0, 1].
-
     Example:
-        >>> import torch
         >>> average(torch.tensor([0.5, 1.0, torch.nan]))
         tensor(0.7500, dtype=torch.float64)
     """
-    return _accuracies("average", acc).nanmean()
+    return _accuracies(acc).nanmean(dim=-1)
 
 
+@public
 def worst_class(acc: Tensor) -> Tensor:
     """Accuracy of the worst present class.
 
-    Args, Returns, Raises: as for `average`.
-
     Example:
-        >>> import torch
-        >>> worst_class(torch.tensor([0.5, 1.0, torch.nan]))
-        tensor(0.5000, dtype=torch.float64)
+        >>> worst_class(torch.tensor([[0.5, 1.0, torch.nan], [0.7, 0.3, 0.9]]))
+        tensor([0.5000, 0.3000], dtype=torch.float64)
     """
-    a = _accuracies("worst_class", acc)
-    return torch.where(a.isnan().all(), math.nan, a.nan_to_num(nan=math.inf).min())
+    a = _accuracies(acc)
+    worst = a.nan_to_num(nan=math.inf).amin(dim=-1)
+    return worst.masked_fill(worst.isinf(), math.nan)
 
 
+@public
 def worst_fraction(acc: Tensor, fraction: float = 0.1) -> Tensor:
     r"""Mean of the worst $\lceil \text{fraction} \cdot n \rceil$ of the n present classes.
 
-    At the default 0.1 this is FERD's worst-10 % (Tables 1 and 5): a mean over classes, no quantile.
-    With ten classes it is the worst class.
-
-    Args, Returns, Raises: as for `average`; the fraction is in (0, 1].
+    At the default 0.1 this is FERD's worst-10 % (Tables 2 and 5): a mean over classes, no quantile.
+    With ten classes it is the worst class. The fraction is in (0, 1].
 
     Example:
-        >>> import torch
         >>> worst_fraction(torch.tensor([0.9, 0.2, 0.4, 0.8]), 0.5)  # (0.2 + 0.4) / 2
         tensor(0.3000, dtype=torch.float64)
     """
-    a = _accuracies("worst_fraction", acc)
-    share = _checks.number("worst_fraction", "fraction", fraction, low=0, high=1, open_low=True)
-    present = a[~a.isnan()].sort().values
+    _checks.positive(fraction=fraction)
+    _checks.real(0, 1, fraction=fraction)
+    # Absent classes are last.
+    a = _accuracies(acc).sort(dim=-1).values
+    present = (~a.isnan()).sum(dim=-1, keepdim=True)
     # A product that should be whole may come out above: 0.07 * 100 = 7.000000000000001, not 8.
-    return present[: math.ceil(share * len(present) * (1 - 1e-12))].mean()
+    count = (fraction * present.double() * (1 - 1e-12)).ceil()
+    worst = torch.arange(a.shape[-1], device=a.device) < count
+    return torch.where(worst, a, 0.0).sum(dim=-1) / count.squeeze(-1)
 
 
+@public
 def nsd(acc: Tensor, *, ddof: int = 0) -> Tensor:
     r"""Normalised standard deviation, $\mathrm{SD} / \mathrm{mean}$; the lower, the fairer.
 
     The measure of Fair-ARD (section 2.1) and FERD. Neither says which SD: `ddof=0` is the
     population's, numpy's default, and `ddof=1` the sample's, larger by $\sqrt{K / (K - 1)}$.
-
-    Args, Returns, Raises: as for `average`; `ddof` is an int >= 0. The result is at least 0, and
-    `nan` also if every accuracy is 0, or if no more than `ddof` classes are present.
+    It is at least 0, and `nan` also if every accuracy is 0, or if no more than `ddof` classes are
+    present.
 
     Example:
-        >>> import torch
         >>> nsd(torch.tensor([0.25, 0.75]))  # 0.25 / 0.5
         tensor(0.5000, dtype=torch.float64)
     """
-    a = _accuracies("nsd", acc)
-    freedom = (~a.isnan()).sum() - _checks.integer("nsd", "ddof", ddof, low=0)
-    mean = a.nanmean()
+    _checks.integer(0, ddof=ddof)
+    a = _accuracies(acc)
+    freedom = (~a.isnan()).sum(dim=-1) - ddof
+    mean = a.nanmean(dim=-1)
     # torch's own std warns where there are no degrees of freedom.
-    variance = (a - mean).square().nansum() / freedom
+    variance = (a - mean[..., None]).square().nansum(dim=-1) / freedom
     return torch.where(freedom > 0, variance, math.nan).sqrt() / mean
 
 
+@public
 def inheritance_ratio(student: Tensor, teacher: Tensor) -> Tensor:
-    """Student / teacher, what a student has of its teacher's class robustness (Fair-ARD Table 1).
+    """Student / teacher, the share of its teacher's class robustness that a student has (Fair-ARD Table 1).
 
     Args:
-        student: class accuracies `(K,)` in [0, 1], `nan` for an absent class.
-        teacher: the same of the teacher, under the same attack.
+        student: class accuracies `(..., K)`.
+        teacher: those of the teacher under the same attack, of equal shape.
 
     Returns:
-        float64 `(K,)`, above 1 where the student is better. Where the teacher's accuracy is 0,
+        float64 `(..., K)`, above 1 where the student is better. Where the teacher's accuracy is 0,
         `inf`, or `nan` if the student's is 0 too; `nan` where a class is absent from either.
 
-    Raises: as for `average`, and ValueError for shapes that differ.
-
     Example:
-        >>> import torch
         >>> inheritance_ratio(torch.tensor([0.25, 0.6]), torch.tensor([0.5, 0.6]))
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
-    name = "inheritance_ratio"
-    s = _accuracies(name, student, argument="student")
-    t = _accuracies(name, teacher, argument="teacher")
-    _checks.alike(name, student=s, teacher=t)
-    return s / t
+    _checks.class_vector(0, 1, batched=True, student=student, teacher=teacher)
+    _checks.alike(student=student, teacher=teacher)
+    return student.double() / teacher.double()
 
 
+@public
 def target_entropy(confusion: Tensor) -> Tensor:
-    r"""How evenly the errors of each class spread over the other classes.
+    r"""Entropy of each class's errors over the other classes, as a share of the largest possible.
 
     $$H_i = -\frac{1}{\log(K - 1)} \sum_{j \ne i} q_{ij} \log q_{ij}, \qquad
       q_{ij} = \frac{n_{ij}}{\sum_{j' \ne i} n_{ij'}}$$
@@ -201,48 +183,24 @@ def target_entropy(confusion: Tensor) -> Tensor:
     The bias that FERD's uniform targets are to remove (section 3.2), as one figure per class.
 
     Args:
-        confusion: int64 counts `(K, K)`, rows true, columns predicted.
+        confusion: int64 counts `(..., K, K)`, rows true, columns predicted.
 
     Returns:
-        float64 `(K,)` in [0, 1] up to rounding: 0 if all errors of a class go to one other class,
+        float64 `(..., K)` in [0, 1] up to rounding: 0 if all errors of a class go to one other class,
         1 if they go to all others equally; `nan` for a class without errors, and for K = 2.
 
-    Raises: as for `class_accuracy`.
-
     Example:
-        >>> import torch
         >>> target_entropy(torch.tensor([[5, 2, 2], [3, 6, 0], [0, 0, 9]]))
         tensor([1., 0., nan], dtype=torch.float64)
     """
-    errors = _counts("target_entropy", confusion).clone().fill_diagonal_(0).double()
-    q = errors / errors.sum(dim=1, keepdim=True)
-    return torch.xlogy(q, 1 / q).sum(dim=1) / math.log(len(q) - 1)
+    _checks.confusion(batched=True, confusion=confusion)
+    k = confusion.shape[-1]
+    hits = torch.eye(k, dtype=torch.bool, device=confusion.device)
+    errors = confusion.masked_fill(hits, 0).double()
+    q = errors / errors.sum(dim=-1, keepdim=True)
+    return torch.xlogy(q, 1 / q).sum(dim=-1) / math.log(k - 1)
 
 
-def _counts(function: str, confusion: Tensor) -> Tensor:
-    _checks.tensor(function, "confusion", confusion)
-    if confusion.dtype != torch.int64:
-        raise TypeError(
-            f"{function}: expected `confusion` as int64 counts, got {_checks.got(confusion)}"
-        )
-    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or len(confusion) < 2:
-        raise ValueError(
-            f"{function}: expected `confusion` of shape (K, K) with K >= 2, got "
-            f"{tuple(confusion.shape)}"
-        )
-    if bool((confusion < 0).any()):
-        raise ValueError(
-            f"{function}: expected non-negative counts in `confusion`, got {confusion.min()}"
-        )
-    return confusion
-
-
-def _accuracies(function: str, value: Tensor, *, argument: str = "acc") -> Tensor:
-    a = _checks.class_vector(function, value, argument=argument).double()
-    outside = a[(a < 0) | (a > 1)]
-    if len(outside):
-        raise ValueError(
-            f"{function}: expected `{argument}` in [0, 1] (or nan), got {outside[0]:g}; "
-            f"divide percentages by 100"
-        )
-    return a
+def _accuracies(acc: Tensor) -> Tensor:
+    _checks.class_vector(0, 1, batched=True, acc=acc)
+    return acc.double()
