@@ -189,7 +189,9 @@ def test_errors_name_the_class_and_the_argument(call, error, argument):
 def test_a_state_of_another_model_is_refused_before_anything_is_loaded():
     average = FairAverage(nn.Linear(1, 2))
     before = average.state_dict()
-    with pytest.raises(ValueError, match=r"^FairAverage.load_state_dict: expected `state` .* module\.weight"):
+    with pytest.raises(
+        ValueError, match=r"^FairAverage.load_state_dict: expected `state` .* module\.weight"
+    ):
         average.load_state_dict(FairAverage(nn.Linear(3, 2)).state_dict())
     for name, value in average.state_dict().items():
         assert torch.equal(value, before[name])

@@ -173,7 +173,7 @@ def test_gair_wants_its_own_attack():
     method, student = make("gair-ard", begin=0), model()
     x, y = batch(0)
     with pytest.raises(
-        RuntimeError, match=r"^GAIRAT.combine: expected examples of the method.s own attack"
+        RuntimeError, match=r"^GAIRAT.combine: expected images of the method.s own attack"
     ):
         method.loss(student, x, x, y)
 
@@ -381,7 +381,7 @@ def test_dafa_lowers_a_strength_that_leaves_a_class_no_weight(caplog):
         step(method, student, seed)
     p = method.rule.sums / method.rule.sums.sum(dim=1, keepdim=True)
     method.end_epoch()
-    assert "DAFA: strength 100 would give class" in caplog.text
+    assert "DAFA: strength 100 would leave class" in caplog.text
     w = method.rule.weights
     assert float(w.min()) == pytest.approx(0.05)
     assert float(w.mean()) == pytest.approx(1)

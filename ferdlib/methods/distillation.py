@@ -45,16 +45,14 @@ class ARD(Distilled):
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         adv = student(batch.x_adv)
-        distilled = losses.ard(
-            student(batch.x) if self.alpha < 1 else None,
-            adv,
-            batch.reference,
-            batch.y,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            kl_weight=self.kl_weight,
-        )
-        return distilled, adv
+        clean = student(batch.x) if self.alpha < 1 else None
+        return losses.ard(clean, adv, batch.reference, batch.y, **self.weights), adv
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Arguments that the losses of ARD and IAD share."""
+        own = {"temperature": self.temperature, "alpha": self.alpha}
+        return own | {"kl_weight": self.kl_weight}
 
 
 @dataclass(kw_only=True)
@@ -72,9 +70,8 @@ class IAD(ARD):
         weigh_teacher: multiply the teacher's term by A; the release does not.
 
     Example:
-        >>> from ferdlib.models import small_cnn
-        >>> IAD(num_classes=3, teacher=small_cnn(1, 3, width=4)).begin
-        60
+        >>> IAD.begin, IAD.weigh_teacher
+        (60, True)
     """
 
     temperature: float = 1.0
@@ -93,19 +90,9 @@ class IAD(ARD):
         if self.epoch < self.begin:
             return super().terms(student, batch)
         clean, adv = student(batch.x), student(batch.x_adv)
-        distilled = losses.iad(
-            clean,
-            adv,
-            batch.reference,
-            teacher_logits(self.teacher, batch.x_adv),
-            batch.y,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            exponent=self.exponent,
-            weigh_teacher=self.weigh_teacher,
-            kl_weight=self.kl_weight,
-        )
-        return distilled, adv
+        guide = teacher_logits(self.teacher, batch.x_adv)
+        own: dict[str, Any] = {"exponent": self.exponent, "weigh_teacher": self.weigh_teacher}
+        return losses.iad(clean, adv, batch.reference, guide, batch.y, **self.weights, **own), adv
 
 
 @dataclass(kw_only=True)
@@ -116,9 +103,8 @@ class RSLAD(Distilled):
         adv_weight: weight of the adversarial term, in [0, 1]; the clean one has the rest.
 
     Example:
-        >>> from ferdlib.models import small_cnn
-        >>> round(RSLAD(num_classes=3, teacher=small_cnn(1, 3, width=4)).adv_weight, 3)
-        0.833
+        >>> RSLAD.random_start, round(RSLAD.adv_weight, 3)
+        ('normal', 0.833)
     """
 
     adv_weight: float = 5 / 6
@@ -152,10 +138,8 @@ class MTARD(Distilled):
             Fair-MTARD's release; "natural" is what both papers say.
 
     Example:
-        >>> from ferdlib.models import small_cnn
-        >>> robust, natural = small_cnn(1, 3, width=4), small_cnn(1, 3, width=4)
-        >>> float(MTARD(num_classes=3, teacher=robust, natural_teacher=natural).balance.adv_weight)
-        0.5
+        >>> MTARD(num_classes=3, teacher=nn.Flatten(), natural_teacher=nn.Flatten()).rate
+        0.025
     """
 
     natural_teacher: nn.Module
@@ -208,11 +192,9 @@ class AdaAD(Distilled):
         alpha: weight of the adversarial term, in [0, 1]; the clean one has the rest, and needs the reference.
 
     Example:
-        >>> from ferdlib.models import small_cnn
-        >>> method = AdaAD(num_classes=3, teacher=small_cnn(1, 3, width=4), eps=0.1, step_size=0.025)
-        >>> student, x, y = small_cnn(1, 3, width=2), torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
-        >>> method.attack(student, x, y).shape
-        torch.Size([4, 1, 8, 8])
+        >>> method = AdaAD(num_classes=4, teacher=nn.Flatten())
+        >>> method.attack(nn.Flatten(), torch.rand(3, 1, 2, 2), torch.arange(3)).shape
+        torch.Size([3, 1, 2, 2])
     """
 
     alpha: float = 1.0
@@ -259,8 +241,7 @@ class ABSLD(RSLAD):
         adv_temperatures, clean_temperatures: float64 `(K,)`, ones at first.
 
     Example:
-        >>> from ferdlib.models import small_cnn
-        >>> ABSLD(num_classes=3, teacher=small_cnn(1, 3, width=4)).adv_temperatures
+        >>> ABSLD(num_classes=3, teacher=nn.Flatten()).adv_temperatures
         tensor([1., 1., 1.], dtype=torch.float64)
     """
 
@@ -295,16 +276,12 @@ class ABSLD(RSLAD):
         with torch.no_grad():
             self.adv_losses.update(losses.cross_entropy(adv, batch.y), batch.y)
             self.clean_losses.update(losses.cross_entropy(clean, batch.y), batch.y)
-        distilled = losses.absld(
-            clean,
-            adv,
-            batch.reference,
-            adv_temperature=self.adv_temperatures.to(batch.reference)[batch.y],
-            clean_temperature=self.clean_temperatures.to(batch.reference)[batch.y],
-            adv_weight=self.adv_weight,
-            kl_weight=self.kl_weight,
-        )
-        return distilled, adv
+        temperatures: dict[str, Any] = {
+            "adv_temperature": self.adv_temperatures.to(batch.reference)[batch.y],
+            "clean_temperature": self.clean_temperatures.to(batch.reference)[batch.y],
+        }
+        weights = {"adv_weight": self.adv_weight, "kl_weight": self.kl_weight}
+        return losses.absld(clean, adv, batch.reference, **temperatures, **weights), adv
 
     def end_epoch(self) -> None:
         super().end_epoch()

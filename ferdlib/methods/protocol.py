@@ -12,6 +12,7 @@ After an epoch come `validate(student, batches)` where `needs_validation` says s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ferdlib import _checks
-from ferdlib._checks import InvalidState, InvalidType, public
+from ferdlib._checks import InvalidState, public
 from ferdlib._modes import borrowed
 from ferdlib.attacks import pgd
 from ferdlib.distributed import Ranks
@@ -37,8 +38,8 @@ Terms = tuple[Tensor, Tensor]
 class Method(Protocol):
     """Everything that a trainer asks of a method; any object with these is one.
 
-    `reference(x)` returns the clean logits that the method aims at, or None. They travel as a value: pass on
-    what it returned for the same images, or None, and each function computes its own. `loss` returns `(N,)`.
+    `reference(x)` returns the clean logits that the method aims at, or None. They travel as a value: `attack`
+    and `loss` are given what it returned for the same images. With None they compute their own.
     """
 
     def reference(self, x: Tensor) -> Tensor | None: ...
@@ -68,6 +69,7 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor
+    # Tensors where a method needs them, which knows it does: None would be noise in every signature.
     reference: Any
     x_adv: Any = None
 
@@ -109,9 +111,10 @@ class Stateful:
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that continuing needs, also in the middle of an epoch."""
         parts = {name: getattr(self, name) for name in self.stateful}
-        states = {name: v.state_dict() for name, v in parts.items() if hasattr(v, "state_dict")}
-        tensors = {name: v.clone() for name, v in parts.items() if isinstance(v, Tensor)}
-        return parts | states | tensors
+        return {
+            name: part.state_dict() if hasattr(part, "state_dict") else copy.deepcopy(part)
+            for name, part in parts.items()
+        }
 
     @public
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,6 +124,7 @@ class Stateful:
         try:
             self._load(state)
         except Exception:
+            # Some part may have been loaded before another one refused.
             self._load(own)
             raise
 
@@ -129,16 +133,14 @@ class Stateful:
             part, value = getattr(self, name), state[name]
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(value)
-            elif isinstance(part, Tensor):
-                setattr(self, name, value.clone())
-            else:
+                continue
+            if not isinstance(part, Tensor):
                 _checks.integer(0, **{name: value})
-                setattr(self, name, value)
+            setattr(self, name, copy.deepcopy(value))
 
 
 def _average(ranks: Ranks, value: Any) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return ranks.mean(value) if floating else value
+    return ranks.mean(value) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 @dataclass(kw_only=True)
@@ -150,11 +152,12 @@ class Rule(Stateful):
     Attributes:
         num_classes: K, or 0 as long as the rule has no method.
         epoch: number of epochs that have ended.
-        needs_validation: whether `validate` must come before `end_epoch`.
+        needs_validation: whether the method does not end an epoch without `validate`.
     """
 
     num_classes: int = field(default=0, init=False)
     epoch: int = field(default=0, init=False)
+    validated: bool = field(default=False, init=False, repr=False)
 
     needs_validation: ClassVar[bool] = False
 
@@ -190,10 +193,16 @@ class Rule(Stateful):
         return losses
 
     def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
-        """Learn from images that are not trained on."""
+        """Learn from images that are not trained on, without a trace in student and method."""
 
+    @public
     def end_epoch(self) -> None:
         """Turn what the epoch has shown into what the next one uses."""
+        if self.needs_validation and not self.validated:
+            raise InvalidState(
+                f"expected validate(student, batches) on held-out images before, got none in epoch {self.epoch}"
+            )
+        self.validated = False
         self.epoch += 1
 
 
@@ -310,11 +319,9 @@ class Adversarial(Stateful):
     def validate(self, student: nn.Module, batches: Batches) -> None:
         """Let the rule measure held-out images, before `end_epoch`; the student is left as it was."""
         _checks.callable_(student=student)
-        if not isinstance(batches, Iterable):
-            raise InvalidType(
-                f"expected `batches` of images and labels, got {_checks.got(batches)}"
-            )
+        _checks.instance(Iterable, batches=batches)
         self.rule.validate(self, student, batches)
+        self.rule.validated = True
 
     def end_epoch(self) -> None:
         """Count the epoch, here and in the rule."""

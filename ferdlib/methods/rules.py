@@ -1,11 +1,10 @@
 """Rules that reweigh the classes of any method: `RSLAD(num_classes=10, teacher=teacher, rule=rules.DAFA())`.
 
-Fair-ARD puts its own (`LPS`) onto four methods of distillation, and those of other papers onto ARD (its Table
-4); here each goes with every method. The other papers train without a teacher: where a rule leaves open which
-terms of a method it acts on, its docstring says what is done here.
-
-    LPS, GAIRAT    from the steps of the method's own attack      WAT, FRL     from held-out images
+    LPS, GAIRAT    from the steps of the method's own attack      FRL, WAT     from held-out images
     CFA, DAFA      from the predictions of the epoch before       FAT, FAAL    from the batch alone
+
+Fair-ARD puts LPS, its own, onto four methods and the others onto ARD (its Table 4); here each goes with every
+method. Where a rule's paper leaves open which terms of a method it acts on, its docstring says what is done.
 
 Example:
     >>> from ferdlib.methods import SAT, rules
@@ -34,18 +33,17 @@ from ferdlib.reweight import ClassMean, ClassWeights, FRLWeights, HedgeWeights
 
 __all__ = ["CFA", "DAFA", "FAAL", "FAT", "FRL", "GAIRAT", "LPS", "WAT", "Rule", "Uniform"]
 
-Count = Literal["first", "correct"]
-
+LOG = logging.getLogger("ferdlib")
 # A class that DAFA's strength would push to a weight of 0 or less gets this one, by a lower strength.
 LEAST_WEIGHT = 0.05
 
 
 @dataclass(kw_only=True)
 class LPS(Rule):
-    r"""Fair-ARD's reweighting by least PGD steps (Yue et al. 2023, Eq. 5-7).
+    r"""Fair-ARD's weights from the least PGD steps that fool a sample (Yue et al. 2023, Eq. 5-7).
 
     Last epoch's class means $\kappa_c$ of the steps give this epoch's weights $\omega_c$, of mean 1, which
-    multiply the whole loss. Steps are counted against the label, also where the attack aims at a teacher's logits.
+    multiply the whole loss. Steps are counted against the label, also where the attack aims at logits.
 
     Attributes:
         function: `reweight.lps_power` (Fair-ARD's), `lps_linear`, `lps_sigmoid` or `lps_tanh`.
@@ -59,20 +57,19 @@ class LPS(Rule):
     function: Literal["power", "linear", "sigmoid", "tanh"] = "power"
     beta: float = 2.0
     shift: float = 0.0
-    count: Count = "first"
+    count: Literal["first", "correct"] = "first"
     clip: tuple[float, float] | None = None
     steps: int = field(default=0, init=False, repr=False)
     class_weights: ClassWeights = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = (*Rule.stateful, "steps", "class_weights")
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "steps", "class_weights")
 
     def check(self) -> None:
         _checks.choice(("power", "linear", "sigmoid", "tanh"), function=self.function)
         _checks.choice(("first", "correct"), count=self.count)
         _checks.real(0, beta=self.beta)
         _checks.real(shift=self.shift)
-        if self.clip is not None:
-            _checks.pair(0, clip=self.clip)
+        _checks.pair(0, clip=(0, 1) if self.clip is None else self.clip)
 
     def bind(self, num_classes: int) -> None:
         super().bind(num_classes)
@@ -80,12 +77,12 @@ class LPS(Rule):
 
     def weigh(self, kappa: Tensor) -> Tensor:
         """Class weights from the class means of the steps."""
-        steps, shift = self.steps, self.shift
+        ramp: dict[str, Any] = {"steps": self.steps, "shift": self.shift}
         functions = {
             "power": partial(reweight.lps_power, beta=self.beta),
-            "linear": partial(reweight.lps_linear, steps=steps),
-            "sigmoid": partial(reweight.lps_sigmoid, steps=steps, shift=shift),
-            "tanh": partial(reweight.lps_tanh, steps=steps, shift=shift),
+            "linear": partial(reweight.lps_linear, steps=self.steps),
+            "sigmoid": partial(reweight.lps_sigmoid, **ramp),
+            "tanh": partial(reweight.lps_tanh, **ramp),
         }
         return reweight.normalize(functions[self.function](kappa), clip=self.clip)
 
@@ -106,10 +103,7 @@ class LPS(Rule):
     @public
     def end_epoch(self) -> None:
         if not bool(self.class_weights.counts.any()):
-            raise InvalidState(
-                "expected examples of the method's own attack, whose steps are counted, got none in epoch "
-                f"{self.epoch}"
-            )
+            raise InvalidState(f"expected the method's own attack, got none in epoch {self.epoch}")
         self.class_weights.step()
         super().end_epoch()
 
@@ -142,11 +136,9 @@ class GAIRAT(Rule):
         if self.epoch < self.begin:
             return losses
         counter = self.counter
-        # Examples from elsewhere come with other labels than the last attack's.
+        # Examples from elsewhere come with other labels than those of the last attack.
         if counter is None or not torch.equal(counter.labels, targets):
-            raise InvalidState(
-                "expected examples of the method's own attack, whose steps are counted, got others"
-            )
+            raise InvalidState("expected images of the method's own attack, with steps, got others")
         weights = reweight.gairat(counter.counts, counter.steps, shift=self.shift)
         return weights.to(losses) * losses
 
@@ -155,8 +147,7 @@ class GAIRAT(Rule):
 class FAT(Rule):
     """FAT's regulariser: plus the variance over classes of the adversarial cross-entropy.
 
-    `losses.class_variance` of the student's cross-entropy on the adversarial images, whatever the method's loss,
-    over the classes of the batch.
+    `losses.class_variance` over the classes of the batch, whatever the method's loss.
 
     Attributes:
         variance_weight: weight >= 0 of the variance.
@@ -169,17 +160,15 @@ class FAT(Rule):
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         risk = cross_entropy(logits, targets)
-        return losses + self.variance_weight * class_variance(
-            risk, targets, num_classes=self.num_classes
-        )
+        variance = class_variance(risk, targets, num_classes=self.num_classes)
+        return losses + self.variance_weight * variance
 
 
 @dataclass(kw_only=True)
 class FAAL(Rule):
     """FAAL's weights: the worst case within a KL ball around equal ones (`reweight.kl_ball`).
 
-    The scores are class means of the margin by which the adversarial images are lost; the weights multiply the
-    whole loss.
+    The weights multiply the whole loss; the scores are class means of the margin by which images are lost.
 
     Attributes:
         radius: radius >= 0 of the ball.
@@ -191,9 +180,10 @@ class FAAL(Rule):
         _checks.real(0, radius=self.radius)
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        p = logits.detach().float().softmax(dim=1)
-        own = p.gather(1, targets[:, None]).squeeze(1)
-        others = p.scatter(1, targets[:, None], -1.0).amax(dim=1)
+        p, label = logits.detach().float().softmax(dim=1), targets[:, None]
+        own = p.gather(1, label).squeeze(1)
+        # A probability of -1 is never the largest of the others.
+        others = p.scatter(1, label, -1.0).amax(dim=1)
         lead = ClassMean(self.num_classes)
         lead.update(others - own, targets)
         weights = self.num_classes * reweight.kl_ball(lead.compute(), radius=self.radius)
@@ -205,15 +195,14 @@ class CFA(Rule):
     """CFA's calibration: a radius and a mixture of losses for each class, from its robust accuracy.
 
     A class that is robust gets the larger radius (`reweight.cfa_margins`) and more of the robust loss
-    (`reweight.cfa_mixing`): the whole loss of the method stands for that, the cross-entropy beside it is taken on
-    the adversarial images. The accuracy is that of the last epoch's training, under the classes' own radii.
-    CFA's weight averaging is `FairAverage`.
+    (`reweight.cfa_mixing`): the whole loss of the method stands for that, and the cross-entropy beside it is
+    taken on the adversarial images. CFA's weight averaging is `FairAverage`.
 
     Attributes:
         beta: of the mixture, >= 0.
         margin_base, mixing_base: CFA's lambda_1 and lambda_2, >= 0.
         begin: epochs with equal radii and the method's loss alone.
-        accuracy: robust accuracy of the last epoch, float64 `(K,)`, `nan` for an absent class.
+        accuracy: robust training accuracy of the last epoch, float64 `(K,)`, `nan` for an absent class.
     """
 
     beta: float = 6.0
@@ -223,10 +212,11 @@ class CFA(Rule):
     accuracy: Tensor = field(init=False, repr=False)
     correct: ClassMean = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = (*Rule.stateful, "accuracy", "correct")
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "accuracy", "correct")
 
     def check(self) -> None:
-        _checks.real(0, beta=self.beta, margin_base=self.margin_base, mixing_base=self.mixing_base)
+        bases = {"margin_base": self.margin_base, "mixing_base": self.mixing_base}
+        _checks.real(0, beta=self.beta, **bases)
         _checks.integer(0, begin=self.begin)
 
     def bind(self, num_classes: int) -> None:
@@ -259,11 +249,9 @@ class DAFA(Rule):
     """DAFA's weights and radii, from how likely classes are taken for one another.
 
     After `begin` epochs the mean predictions on the adversarial images of the last one give the weights
-    (`reweight.confusion_weights`), once; they multiply the whole loss (in the paper the clean cross-entropy), the
-    radius and the step.
-
-    Where that would give a class a weight of 0 or less, it would unlearn its examples. Cutting off would move the
-    mean: the strength is lowered until the smallest weight is 0.05, and the log `ferdlib` warns.
+    (`reweight.confusion_weights`), once. They multiply the whole loss (in the paper the clean cross-entropy), the
+    radius and the step. A class with a weight of 0 or less would unlearn its images, and cutting off would move
+    the mean: the strength is lowered until the smallest weight is 0.05, and the log `ferdlib` warns.
 
     Attributes:
         strength: lambda >= 0; 1.5 for CIFAR-100 in the paper.
@@ -276,7 +264,7 @@ class DAFA(Rule):
     weights: Tensor = field(init=False, repr=False)
     sums: Tensor = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = (*Rule.stateful, "weights", "sums")
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "weights", "sums")
 
     def check(self) -> None:
         _checks.real(0, strength=self.strength)
@@ -303,67 +291,41 @@ class DAFA(Rule):
     def end_epoch(self) -> None:
         if self.epoch == self.begin - 1:
             # The row of an absent class is 0 / 0, which `confusion_weights` takes for one.
-            self.weights = self._weigh((self.sums / self.sums.sum(dim=1, keepdim=True)).cpu())
+            self.weights = self.weigh((self.sums / self.sums.sum(dim=1, keepdim=True)).cpu())
             self.sums = torch.zeros_like(self.sums)
         super().end_epoch()
 
-    def _weigh(self, p: Tensor) -> Tensor:
+    def weigh(self, p: Tensor) -> Tensor:
+        """Class weights from the mean predictions `(K, K)`, all above 0."""
         # No class gives more than K - 1, so that at the strength 1 / K all weights are positive.
         change = len(p) * (reweight.confusion_weights(p, strength=1 / len(p)) - 1)
         most, strength = -float(change.min()), self.strength
         if strength * most >= 1:
             strength = (1 - LEAST_WEIGHT) / most
-            message = "DAFA: strength %g would give class %d the weight %.3g; lowered to %.4g"
-            worst = (int(change.argmin()), 1 - self.strength * most)
-            logging.getLogger("ferdlib").warning(message, self.strength, *worst, strength)
+            message = "DAFA: strength %g would leave class %d no weight; lowered to %.4g"
+            LOG.warning(message, self.strength, int(change.argmin()), strength)
         return reweight.confusion_weights(p, strength=strength)
 
 
 @dataclass(kw_only=True)
-class HeldOut(Rule):
-    """A rule that ends no epoch without `validate`: the method would be the plain one."""
-
-    validated: bool = field(default=False, init=False, repr=False)
-
-    needs_validation: ClassVar[bool] = True
-
-    def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
-        self.measure(method, student, batches)
-        self.validated = True
-
-    def measure(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
-        """Learn from the images, without a trace in student and method."""
-        raise NotImplementedError(f"{type(self).__name__}: expected a subclass that measures")
-
-    @public
-    def end_epoch(self) -> None:
-        if not self.validated:
-            raise InvalidState(
-                "expected validate(student, batches) on held-out images before it, got none in epoch "
-                f"{self.epoch}"
-            )
-        self.validated = False
-        super().end_epoch()
-
-
-@dataclass(kw_only=True)
-class FRL(HeldOut):
+class FRL(Rule):
     """FRL's Lagrange multipliers for each class's natural and boundary error (`reweight.FRLWeights`).
 
-    FRL weighs the clean cross-entropy by the former, TRADES' KL by the latter. The loss of a method stands for
-    the robust error, which is their sum: its weight is their mean. With `remargin` the radius of a class grows
-    with its boundary error. The errors are measured with PGD-20 at the method's radius.
+    FRL weighs the clean cross-entropy by the former and TRADES' KL by the latter. A method's loss stands for the
+    robust error, which is their sum, and is weighed by their mean. The errors are those of PGD-20 at the method's
+    radius.
 
     Attributes:
         slack: both errors may exceed their mean by so much, >= 0; FRL's code has 0.07 with `remargin`.
-        remargin: also change the radii.
+        remargin: also let the radius of a class grow with its boundary error.
     """
 
     slack: float = 0.1
     remargin: bool = False
     multipliers: FRLWeights = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = (*Rule.stateful, "multipliers")
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "multipliers")
+    needs_validation: ClassVar[bool] = True
 
     def check(self) -> None:
         _checks.real(0, slack=self.slack)
@@ -384,12 +346,12 @@ class FRL(HeldOut):
         weights = (self.multipliers.clean_weights + self.multipliers.boundary_weights) / 2
         return weights.to(losses)[targets] * losses
 
-    def measure(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
-        ball: dict[str, Any] = {"eps": method.eps, "step_size": method.step_size}
+    def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
+        settings: dict[str, Any] = {"eps": method.eps, "step_size": method.step_size}
         counts = torch.zeros(2, self.num_classes, self.num_classes, dtype=torch.int64)
         with torch.no_grad(), borrowed(student):
             for x, y in batches:
-                x_adv = pgd(student, x, y, **ball, steps=20, rng=method.rng)
+                x_adv = pgd(student, x, y, **settings, steps=20, rng=method.rng)
                 for k, images in enumerate((x, x_adv)):
                     predicted = student(images).argmax(dim=1)
                     counts[k] += metrics.confusion_matrix(predicted, y, self.num_classes).cpu()
@@ -397,11 +359,10 @@ class FRL(HeldOut):
 
 
 @dataclass(kw_only=True)
-class WAT(HeldOut):
+class WAT(Rule):
     """WAT's hedge over the classes and the mean over samples (`reweight.HedgeWeights`).
 
-    The experts' losses are the method's own on held-out images, summed over epochs; the weights multiply the whole
-    loss.
+    The experts' losses are the method's own on held-out images; the weights multiply the whole loss.
 
     Attributes:
         rate: eta >= 0.
@@ -410,7 +371,8 @@ class WAT(HeldOut):
     rate: float = 0.1
     hedge: HedgeWeights = field(init=False, repr=False)
 
-    stateful: ClassVar[tuple[str, ...]] = (*Rule.stateful, "hedge")
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "hedge")
+    needs_validation: ClassVar[bool] = True
 
     def check(self) -> None:
         _checks.real(0, rate=self.rate)
@@ -423,7 +385,7 @@ class WAT(HeldOut):
         weights = self.hedge.class_weights.to(losses)[targets]
         return (weights + self.hedge.average_weight) * losses
 
-    def measure(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
+    def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
         # A copy of the method without this rule, in eval mode: what it learns is thrown away with it.
         plain = replace(method, rule=Uniform(), train_mode=False)
         plain.load_state_dict(method.state_dict() | {"rule": plain.rule.state_dict()})
