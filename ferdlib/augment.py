@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
-from ferdlib._ranks import drawn
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, InvalidValue, public
 
 __all__ = ["Crops", "crop_flip"]
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Where each image of a batch is cut out of its padded self, and whether it is mirrored.
+    """The place where each image of a batch is cut out of its padded self, and whether it is mirrored.
+
+    `crops[rows]` are the crops of these images, so a batch may be drawn whole and applied in parts.
 
     Attributes:
         top, left: int64 `(N,)` in 0..2 * padding.
@@ -24,12 +26,12 @@ class Crops:
         padding: zeros on each side, in pixels.
 
     Raises:
-        TypeError, ValueError: of other dtypes, lengths or ranges; images of another number.
+        TypeError, ValueError: other dtypes, lengths or ranges; another number of images.
 
     Example:
-        >>> crops, x = Crops.draw(2, padding=1), torch.rand(2, 1, 8, 8)
-        >>> crops(x).shape, bool((crops.number < Crops.count(1)).all())
-        (torch.Size([2, 1, 8, 8]), True)
+        >>> crops, x = Crops.draw(4, padding=1), torch.rand(4, 1, 8, 8)
+        >>> torch.equal(crops[1::2](x[1::2]), crops(x)[1::2])
+        True
     """
 
     top: Tensor
@@ -37,15 +39,17 @@ class Crops:
     mirrored: Tensor
     padding: int
 
+    @public
     def __post_init__(self) -> None:
-        side = 2 * _checks.integer("Crops", "padding", self.padding, low=0) + 1
-        _checks.labels("Crops", self.top, num_classes=side, argument="top")
-        _checks.labels("Crops", self.left, num_classes=side, argument="left")
-        if _checks.tensor("Crops", "mirrored", self.mirrored).dtype != torch.bool:
-            raise TypeError(f"Crops: expected `mirrored` in bool, got {_checks.got(self.mirrored)}")
-        _checks.alike("Crops", top=self.top, left=self.left, mirrored=self.mirrored)
+        _checks.integer(0, padding=self.padding)
+        _checks.tensor(mirrored=self.mirrored)
+        _checks.labels(num_classes=2 * self.padding + 1, top=self.top, left=self.left)
+        if self.mirrored.dtype != torch.bool:
+            raise InvalidType(f"expected `mirrored` in bool, got {_checks.got(self.mirrored)}")
+        _checks.alike(top=self.top, left=self.left, mirrored=self.mirrored)
 
     @staticmethod
+    @public
     def draw(
         n: int,
         *,
@@ -54,84 +58,69 @@ class Crops:
         rng: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> Crops:
-        """For n images, uniformly; drawn on `rng.device` and moved to `device`."""
-        name = "Crops.draw"
-        _checks.integer(name, "n", n, low=0)
-        _checks.integer(name, "padding", padding, low=0)
-        _checks.generator(name, rng)
-        device = _checks.device(name, device)
+        """Draw for n images, uniformly, on `rng.device`, and move to `device`."""
+        _checks.integer(0, n=n, padding=padding)
+        _checks.generator(rng)
+        device = _checks.device(device)
+        source = device if rng is None else rng.device
 
         def integers(high: int) -> Tensor:
-            source = device if rng is None else rng.device
+            return torch.randint(high, (n,), generator=rng, device=source).to(device)
 
-            def draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-                return torch.randint(high, shape, generator=generator, device=source)
-
-            return drawn(draw, (n,), rng).to(device)
-
+        # The order of the draws is part of what a seed means.
         top = integers(2 * padding + 1)
         mirrored = integers(2) == 1 if flip else torch.zeros_like(top, dtype=torch.bool)
         return Crops(top, integers(2 * padding + 1), mirrored, padding)
 
-    @staticmethod
-    def count(padding: int) -> int:
-        """How many different ones an image has."""
-        _checks.integer("Crops.count", "padding", padding, low=0)
-        return 2 * (2 * padding + 1) ** 2
+    def __getitem__(self, rows: Tensor | slice) -> Crops:
+        """Take the crops of these images."""
+        return Crops(self.top[rows], self.left[rows], self.mirrored[rows], self.padding)
 
-    @property
-    def number(self) -> Tensor:
-        """Which of them each image has, int64 `(N,)`."""
-        side = 2 * self.padding + 1
-        return (self.top * side + self.left) * 2 + self.mirrored
-
+    @public
     def __call__(self, x: Tensor) -> Tensor:
-        """The images `(N, C, H, W)` cut out; gradients flow into x."""
-        _checks.images("Crops", x)
-        _checks.same_device("Crops", top=self.top, x=x)
+        """Cut the images `(N, C, H, W)` out; gradients flow into x."""
+        _checks.images(x=x)
+        _checks.one_device(top=self.top, x=x)
         if len(x) != len(self.top):
-            raise ValueError(f"Crops: expected `x` of {len(self.top)} images, got {len(x)}")
+            raise InvalidValue(f"expected `x` of {len(self.top)} images, got {len(x)}")
         n, _, height, width = x.shape
+        across = torch.arange(width, device=x.device)
+        columns = torch.where(self.mirrored[:, None], across.flip(0), across) + self.left[:, None]
         rows = self.top[:, None] + torch.arange(height, device=x.device)
-        columns = torch.arange(width, device=x.device).expand(n, width)
-        columns = torch.where(self.mirrored[:, None], columns.flip(1), columns)
-        columns = columns + self.left[:, None]
         padded = F.pad(x, [self.padding] * 4)
         images = torch.arange(n, device=x.device)[:, None, None]
         # Advanced indices around a slice put their dimensions first: (N, H, W, C).
         return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@public
 def crop_flip(
     x: Tensor, *, padding: int = 4, flip: bool = True, rng: torch.Generator | None = None
 ) -> Tensor:
     """Random crop after zero padding, and horizontal flip, drawn for each image by itself.
 
-    The augmentation of the CIFAR training recipes on a whole batch at once: pad by `padding` zeros on
-    every side, cut out H x W at a uniformly drawn offset, mirror left-right with probability 1/2. It is
-    a gather, so gradients flow into x. `Crops` is the same in two steps: draw, and apply to any batch.
+    The augmentation of the CIFAR recipes on a whole batch at once: pad by zeros, cut out H x W at a
+    uniformly drawn offset, mirror left-right with probability 1/2. A gather, so gradients flow into x.
+    `Crops` is the same in two steps: draw, and apply.
 
     Args:
         x: float images `(N, C, H, W)`.
-        padding: pixels >= 0 on each side; 0 leaves the position alone.
-        flip: whether to mirror. Leave it off where mirrored images are of another class, as digits are.
+        padding: pixels >= 0 on each side.
+        flip: mirror, too. Leave it off where mirrored images are of another class, as digits are.
         rng: source of the draws; None takes torch's default generator.
 
     Returns:
         Images like `x`.
 
     Raises:
-        TypeError: `x` is not a float tensor.
-        ValueError: a wrong shape, or a negative padding.
+        TypeError, ValueError: `x` is no float batch, or a negative padding.
 
     Example:
         >>> x = torch.rand(8, 3, 32, 32)
-        >>> crop_flip(x).shape
-        torch.Size([8, 3, 32, 32])
         >>> torch.equal(crop_flip(x, padding=0, flip=False), x)
         True
     """
-    _checks.images("crop_flip", x)
-    _checks.integer("crop_flip", "padding", padding, low=0)
-    _checks.generator("crop_flip", rng)
+    _checks.images(x=x)
+    _checks.integer(0, padding=padding)
+    _checks.generator(rng)
     return Crops.draw(len(x), padding=padding, flip=flip, rng=rng, device=x.device)(x)

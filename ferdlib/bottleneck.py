@@ -1,4 +1,4 @@
-"""Which channels of a feature map are non-robust: FERD's use of Kim et al.'s information bottleneck.
+"""Non-robust channels of a feature map: FERD's use of Kim et al.'s information bottleneck.
 
 Split a model in two, learn how much noise each channel bears, and mask the channels that bear little.
 """
@@ -6,15 +6,15 @@ Split a model in two, learn how much noise each channel bears, and mask the chan
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidState, InvalidType, InvalidValue, public
 from ferdlib._modes import borrowed
-from ferdlib._ranks import drawn
 from ferdlib.losses import cross_entropy
 
 __all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
@@ -25,13 +25,13 @@ Part = Callable[[Tensor], Tensor]
 VARIANCE_GUARD = 1e-10
 
 
+@public
 def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
     """Cut a model behind one of its layers: `head(features(x)) == model(x)`.
 
-    Both parts share the model's own submodules, so they follow its weights, its device and its
-    train/eval flags. `head` leaves its input alone, also where an in-place activation follows the cut.
-    The model is traced in eval mode. One that `torch.fx` cannot trace needs no `split_at`: pass your
-    own pair of callables wherever a pair is asked for.
+    Both parts share the model's submodules, and so follow its weights, device and train/eval flags.
+    `head` leaves its input alone, also where an in-place activation follows the cut. The model is traced
+    in eval mode. For one that `torch.fx` cannot trace, pass your own pair of callables instead.
 
     Args:
         model: any module that torch.fx can trace.
@@ -42,9 +42,8 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
         `(features, head)`: images to the layer's output, and the layer's output to logits.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: no such layer, a layer that the forward uses not at all or more than once, one
-            that a skip connection bypasses, or a model that cannot be traced.
+        TypeError, ValueError: no module, or one that cannot be traced; no such layer, one that the forward
+            does not use exactly once, or one that a skip connection bypasses.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten())
@@ -53,95 +52,84 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
         >>> torch.equal(head(features(x)), model(x))
         True
     """
-    _checks.module("split_at", "model", model)
-    if not isinstance(layer_name, str):
-        raise TypeError(
-            f"split_at: expected `layer_name` to be a string, got {_checks.got(layer_name)}"
-        )
+    _checks.module(model=model)
+    _checks.instance(str, layer_name=layer_name)
     names = [name for name, _ in model.named_modules() if name]
     if layer_name not in names:
-        raise ValueError(
-            f"split_at: expected `layer_name` to be a layer of the model, got {layer_name!r}; there "
-            f"are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        raise InvalidValue(
+            f"expected `layer_name` to be a layer of the model, got {layer_name!r}; there are "
+            f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
         )
     try:
         # In eval mode, because what a functional dropout reads from `training` is traced as a constant.
         with borrowed(model, freeze=False):
             graph = _Tracer(layer_name).trace(model)
     except Exception as error:
-        raise ValueError(
-            f"split_at: expected `model` to be traceable by torch.fx, got {type(model).__name__}, "
-            f"which fails with: {error}; pass your own (features, head) pair instead"
+        raise InvalidValue(
+            f"expected `model` to be traceable by torch.fx, got {type(model).__name__}, which fails with: "
+            f"{error}; pass your own (features, head) pair instead"
         ) from error
     cuts = [n for n in graph.nodes if n.op == "call_module" and n.target == layer_name]
     if len(cuts) != 1:
-        raise ValueError(
-            f"split_at: expected `layer_name` {layer_name!r} to run once in a forward, got "
-            f"{len(cuts)} times"
+        raise InvalidValue(
+            f"expected `layer_name` {layer_name!r} to run once in a forward, got {len(cuts)} times"
         )
-    return _features(model, graph, cuts[0]), _head(model, graph, cuts[0])
+    return _cut(model, graph, cuts[0])
 
 
 class _Tracer(fx.Tracer):
-    """Traces through user modules, but keeps the layer of the cut whole even if it is a container."""
+    """Tracer through user modules that keeps the layer of the cut whole, even if it is a container."""
 
-    proxy_buffer_attributes = True  # else what a forward computes from a buffer becomes a constant
+    # Otherwise a number that a forward computes from a buffer becomes a constant.
+    proxy_buffer_attributes = True
 
     def __init__(self, layer_name: str) -> None:
         super().__init__()
         self._layer_name = layer_name
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == self._layer_name or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        whole = module_qualified_name == self._layer_name
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
-def _features(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> fx.GraphModule:
-    """What runs up to and including the cut."""
-    part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+def _cut(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> tuple[nn.Module, nn.Module]:
+    """Copy the nodes up to the cut into one graph, and those behind it into another."""
+    front, back = fx.Graph(), fx.Graph()
+    part, copies = front, dict[fx.Node, fx.Node]()
     for node in graph.nodes:
-        copies[node] = part.node_copy(node, lambda n: copies[n])
-        if node is cut:
-            break
-    part.output(copies[cut])
-    return _module(model, part)
-
-
-def _head(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> fx.GraphModule:
-    """What runs behind the cut, on a copy of its input."""
-    part = fx.Graph()
-    entry = part.placeholder("features")
-    copies: dict[fx.Node, fx.Node] = {cut: part.call_method("clone", (entry,))}
-    nodes = list(graph.nodes)
-    for node in nodes[nodes.index(cut) + 1 :]:
         for argument in node.all_input_nodes:
+            # Behind the cut, a weight may be read again; anything else that is computed before is a bypass.
             if argument not in copies:
                 if argument.op != "get_attr":
-                    raise ValueError(
-                        f"split_at: expected everything behind `layer_name` {cut.target!r} to pass "
-                        f"through it, got a connection from {argument.name!r} around it"
+                    raise InvalidValue(
+                        f"expected everything behind `layer_name` {cut.target!r} to pass through it, got a "
+                        f"connection from {argument.name!r} around it"
                     )
                 copies[argument] = part.node_copy(argument)
-        copies[node] = part.node_copy(node, lambda n: copies[n])
-    return _module(model, part)
+        copies[node] = part.node_copy(node, copies.__getitem__)
+        if node is cut:
+            front.output(copies[cut])
+            # The head works on a copy of its input, so in-place activations leave that alone.
+            entry = back.placeholder("features")
+            part, copies = back, {cut: back.call_method("clone", (entry,))}
+    return _module(model, front), _module(model, back)
 
 
 def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """The graph as a module that shares the model's submodules, parameters and buffers."""
+    """Make a module of the graph that shares the model's submodules, parameters and buffers."""
     part = fx.GraphModule(model, graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             owner = node.target.rpartition(".")[0]
             theirs, ours = model.get_submodule(owner), part.get_submodule(owner)
-            # fx copies references, which go stale when `.to()` replaces a buffer. What is no buffer
-            # of the model, such as a constant in its forward, stays as it is.
+            # fx copies references, which go stale when `.to()` replaces a buffer. A constant in a
+            # forward, which is no buffer of the model, stays as it is.
             vars(ours).update({k: v for k, v in ours._buffers.items() if k not in theirs._buffers})
             ours._buffers, ours._parameters = theirs._buffers, theirs._parameters
     return part
 
 
+@public
 def noise_scale(
     features: Tensor,
     head: Part,
@@ -154,15 +142,15 @@ def noise_scale(
     reduction: Literal["mean", "sum"] = "mean",
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    r"""How much noise each channel bears before the prediction suffers (FERD Eq. 4 and 5).
+    r"""Scale of the noise that each channel bears before the prediction suffers (FERD Eq. 4 and 5).
 
     $$Z_I = Z + \sigma \epsilon, \quad \sigma = \mathrm{softplus}(\lambda), \qquad
       \min_\lambda CE(f_{l+}(Z_I), y) + \beta R, \quad
       r_c = \frac{v_c}{\sigma_c^2} + \log\frac{\sigma_c^2}{v_c} - 1$$
 
-    Adam on $\lambda$, from 0, with fresh noise at every step; $v_c$ is the unbiased spatial variance of
-    Z. $R$ alone is smallest at $\sigma_c^2 = v_c$; the cross-entropy pushes the noise of useful channels
-    down. The objective is a mean over samples. The paper gives no $\beta$; 0.3 with "mean" is the release's.
+    Adam on $\lambda$, from 0, with fresh noise at every step, on the mean over samples; $v_c$ is the unbiased
+    spatial variance of Z. $R$ alone is smallest at $\sigma_c^2 = v_c$; the cross-entropy pushes the noise of
+    useful channels down. The paper gives no $\beta$; 0.3 with "mean" is the release's.
 
     Args:
         features: Z, float `(N, C, H, W)` with at least two positions H * W; taken as a constant.
@@ -180,8 +168,7 @@ def noise_scale(
         $\sigma$, `(N, C)`, positive, in units of the features.
 
     Raises:
-        TypeError: features that are not float, labels that are not int64.
-        ValueError: wrong shapes, a single spatial position, numbers out of range.
+        TypeError, ValueError: wrong dtypes or shapes, a single spatial position, numbers out of range.
         RuntimeError: the objective became NaN or infinite.
 
     Example:
@@ -190,52 +177,51 @@ def noise_scale(
         >>> noise_scale(z, head, y).shape
         torch.Size([2, 3])
     """
-    name = "noise_scale"
-    z = _feature_map(name, features)
-    _checks.callable_(name, "head", head)
-    _checks.labels(name, targets, length=z.shape[0], device=z.device)
-    beta = _checks.number(name, "beta", beta, low=0.0)
-    lr = _checks.number(name, "lr", lr, low=0.0, open_low=True)
-    _checks.integer(name, "steps", steps, low=0)
-    _checks.choice(name, "noise", noise, ("channel", "element"))
-    _checks.choice(name, "reduction", reduction, ("mean", "sum"))
-    _checks.generator(name, rng)
-    device = z.device if rng is None else rng.device
+    z = _feature_map(features)
+    _checks.callable_(head=head)
+    _checks.labels(like=z, targets=targets)
+    _checks.real(0, beta=beta)
+    _checks.positive(lr=lr)
+    _checks.integer(0, steps=steps)
+    _checks.choice(("channel", "element"), noise=noise)
+    _checks.choice(("mean", "sum"), reduction=reduction)
+    _checks.generator(rng)
     shape = z.shape if noise == "element" else (*z.shape[:2], 1, 1)
-
-    def normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=z.dtype, device=device)
-
+    source = z.device if rng is None else rng.device
+    # Notation: v, variances; raw, lambda; r, the regulariser of each channel.
     with torch.inference_mode(False), torch.enable_grad(), borrowed(head):
         z, targets = z.detach().clone(), targets.clone()
         v = _spatial_variance(z).clamp(min=VARIANCE_GUARD)
         raw = torch.zeros_like(v, requires_grad=True)
         optimizer = torch.optim.Adam([raw], lr=lr)
         health = v.new_zeros(())
-        for _ in range(steps):
+        for step in range(steps):
             sigma = F.softplus(raw)
-            draw = drawn(normal, tuple(shape), rng).to(z.device)
-            noisy = (z + sigma[..., None, None] * draw).to(features.dtype)
-            logits = _checks.logits(name, head(noisy), argument="head(features)")
-            _checks.labels(name, targets, num_classes=logits.shape[1])
+            epsilon = torch.randn(shape, generator=rng, dtype=z.dtype, device=source).to(z.device)
+            noisy = z + sigma[..., None, None] * epsilon
+            (logits,) = _checks.logits(**{"head(features)": head(noisy.to(features.dtype))})
+            if step == 0:
+                _checks.labels(num_classes=logits.shape[1], targets=targets)
             ratio = v / sigma.square()
             r = ratio - ratio.log() - 1
             penalty = r.sum(dim=1) if reduction == "sum" else r.mean(dim=1) / 2
             objective = (cross_entropy(logits, targets) + beta * penalty).mean()
+            # Written to the one gradient that there is: the head's weights collect none.
             (raw.grad,) = torch.autograd.grad(objective, raw)
             health = health + objective.detach()
             optimizer.step()
         if not bool(health.isfinite()):
-            raise RuntimeError(
-                f"{name}: expected a finite objective, got NaN or infinity; look at `head(features)`"
+            raise InvalidState(
+                "expected a finite objective, got NaN or infinity; look at `head(features)`"
             )
         return F.softplus(raw).detach().to(features.dtype)
 
 
+@public
 def nonrobust_channels(
     features: Tensor, sigma: Tensor, *, threshold: Literal["sample", "batch", "channel"] = "sample"
 ) -> Tensor:
-    r"""The channels that bear less noise than a limit (FERD Eq. 6).
+    r"""Mask of the channels that bear less noise than a limit (FERD Eq. 6).
 
     $$i_{nr} = \mathrm{not}(\sigma_c^2 > limit)$$
 
@@ -253,8 +239,7 @@ def nonrobust_channels(
         bool `(N, C)`, True where non-robust; `.float().mean()` is the non-robust fraction.
 
     Raises:
-        TypeError: features or sigma that are not float.
-        ValueError: wrong shapes, a single spatial position, an unknown threshold.
+        TypeError, ValueError: wrong dtypes or shapes, a single spatial position, an unknown threshold.
 
     Example:
         >>> z = torch.tensor([[[[0.0, 2.0]], [[0.0, 4.0]]]])  # variances 2 and 8
@@ -262,14 +247,10 @@ def nonrobust_channels(
         >>> nonrobust_channels(z, sigma), nonrobust_channels(z, sigma, threshold="channel")
         (tensor([[True, True]]), tensor([[False,  True]]))
     """
-    name = "nonrobust_channels"
-    z = _feature_map(name, features).detach()
-    _checks.floating(name, "sigma", sigma)
-    if sigma.shape != z.shape[:2]:
-        raise ValueError(
-            f"{name}: expected `sigma` of shape {tuple(z.shape[:2])}, got {tuple(sigma.shape)}"
-        )
-    _checks.choice(name, "threshold", threshold, ("sample", "batch", "channel"))
+    z = _feature_map(features).detach()
+    _checks.floating(sigma=sigma)
+    _one_per_channel(z, sigma=sigma)
+    _checks.choice(("sample", "batch", "channel"), threshold=threshold)
     limit = _spatial_variance(z)
     if threshold == "sample":
         limit = limit.amax(dim=1, keepdim=True)
@@ -278,8 +259,9 @@ def nonrobust_channels(
     return ~(sigma.detach().to(z).square() > limit)
 
 
+@public
 def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
-    r"""The prediction of the non-robust features alone, $f_{l+}(i_{nr} \cdot Z)$ (FERD Eq. 7's argument).
+    r"""Prediction of the non-robust features alone, $f_{l+}(i_{nr} \cdot Z)$ (FERD Eq. 7's argument).
 
     Gradients flow into the features; the mask is a constant.
 
@@ -292,40 +274,42 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
         Logits `(N, K)`.
 
     Raises:
-        TypeError: features that are not float, a mask that is not bool.
-        ValueError: wrong shapes.
+        TypeError, ValueError: wrong dtypes or shapes.
 
     Example:
         >>> z, mask = torch.ones(1, 2, 2, 2), torch.tensor([[True, False]])
         >>> nonrobust_logits(z, lambda z: z.sum(dim=(2, 3)), mask)
         tensor([[4., 0.]])
     """
-    name = "nonrobust_logits"
-    _checks.images(name, features, argument="features")
-    if _checks.tensor(name, "mask", mask).dtype != torch.bool:
-        raise TypeError(f"{name}: expected `mask` in bool, got {_checks.got(mask)}")
-    _checks.callable_(name, "head", head)
-    _checks.same_device(name, features=features, mask=mask)
-    if mask.shape != features.shape[:2]:
-        raise ValueError(
-            f"{name}: expected `mask` of shape {tuple(features.shape[:2])}, got {tuple(mask.shape)}"
-        )
-    logits: Tensor = head(features * mask[..., None, None])
-    return logits
+    _checks.images(features=features)
+    _checks.callable_(head=head)
+    _checks.tensor(mask=mask)
+    if mask.dtype != torch.bool:
+        raise InvalidType(f"expected `mask` in bool, got {_checks.got(mask)}")
+    _checks.one_device(features=features, mask=mask)
+    _one_per_channel(features, mask=mask)
+    return head(features * mask[..., None, None])
 
 
-def _feature_map(function: str, features: Any) -> Tensor:
+def _feature_map(features: Tensor) -> Tensor:
     """Checked features in float32 or wider."""
-    z = _checks.images(function, features, argument="features")
-    if not len(z):
-        raise ValueError(f"{function}: expected `features` of at least one sample, got none")
-    if z.shape[2] * z.shape[3] < 2:
-        raise ValueError(
-            f"{function}: expected `features` with at least two spatial positions, because Eq. 5 and 6 "
-            f"need their variance, got {tuple(z.shape)}; cut the model at an earlier layer"
+    _checks.images(features=features)
+    if not len(features) or features[0, 0].numel() < 2:
+        raise InvalidValue(
+            f"expected `features` of a sample and two spatial positions at least, whose variance Eq. 5 and 6 "
+            f"need, got {tuple(features.shape)}; cut the model at an earlier layer"
         )
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _one_per_channel(features: Tensor, **named: Tensor) -> None:
+    for name, value in named.items():
+        if value.shape != features.shape[:2]:
+            raise InvalidValue(
+                f"expected `{name}` of shape {tuple(features.shape[:2])}, got {tuple(value.shape)}"
+            )
 
 
 def _spatial_variance(z: Tensor) -> Tensor:
+    """Unbiased variance over the positions, `(N, C)`."""
     return z.flatten(2).var(dim=2, correction=1)

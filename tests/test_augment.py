@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ferdlib.augment import crop_flip
+from ferdlib.augment import Crops, crop_flip
 
 
 def seeded(seed=0):
@@ -100,20 +100,9 @@ def test_crop_flip_keeps_dtype_and_leaves_its_input(dtype):
     assert torch.equal(x, before)
 
 
-IMAGES = torch.rand(2, 1, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "argument", "kind"),
-    [
-        ({"x": IMAGES.tolist()}, "x", TypeError),
-        ({"x": (IMAGES * 255).byte()}, "x", TypeError),
-        ({"x": IMAGES[0]}, "x", ValueError),
-        ({"padding": -1}, "padding", ValueError),
-        ({"padding": 1.0}, "padding", TypeError),
-        ({"rng": 0}, "rng", TypeError),
-    ],
-)
-def test_crop_flip_errors(arguments, argument, kind):
-    with pytest.raises(kind, match=f"^crop_flip: expected .*`{argument}`"):
-        crop_flip(**({"x": IMAGES} | arguments))
+def test_crops_of_a_batch_are_applied_in_parts():
+    x = torch.rand(6, 2, 5, 4, generator=seeded())
+    crops = Crops.draw(6, padding=2, rng=seeded(1))
+    assert torch.equal(crops(x), crop_flip(x, padding=2, rng=seeded(1)))
+    for rows in (slice(1, None, 3), torch.tensor([4, 0])):
+        assert torch.equal(crops[rows](x[rows]), crops(x)[rows])

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidState, InvalidValue, public
 from ferdlib._modes import borrowed
 from ferdlib.attacks.ascent import Model, rounded_inside
 
@@ -26,7 +27,7 @@ VERSIONS = {
 
 @dataclass(frozen=True, slots=True)
 class AutoAttackResult:
-    """What `autoattack` found.
+    """Result of `autoattack`.
 
     Attributes:
         x_adv: like the images; the adversarial example where one was found, else the image itself.
@@ -43,6 +44,7 @@ class AutoAttackResult:
     predictions: Tensor
 
 
+@public
 def autoattack(
     model: Model,
     x: Tensor,
@@ -91,36 +93,27 @@ def autoattack(
         >>> autoattack(model, x, torch.tensor([1, 1]), num_classes=2, eps=0.1).robust
         tensor([False,  True])
     """
-    name = "autoattack"
-    _checks.callable_(name, "model", model)
-    _checks.integer(name, "num_classes", num_classes, low=2)
-    _checks.images(name, x, bounds=(0.0, 1.0))
-    _checks.labels(name, targets, length=x.shape[0], num_classes=num_classes, device=x.device)
-    _checks.number(name, "eps", eps, low=0.0, open_low=True)
-    _checks.choice(name, "version", version, tuple(VERSIONS))
-    _checks.integer(name, "batch_size", batch_size, low=1)
-    _checks.integer(name, "seed", seed, low=0)
+    _checks.callable_(model=model)
+    _checks.integer(2, num_classes=num_classes)
+    _checks.images((0.0, 1.0), x=x)
+    _checks.labels(num_classes=num_classes, like=x, targets=targets)
+    _checks.positive(eps=eps)
+    _checks.choice(tuple(VERSIONS), version=version)
+    _checks.integer(1, batch_size=batch_size)
+    _checks.integer(0, seed=seed)
     if on_batch is not None:
-        _checks.callable_(name, "on_batch", on_batch)
-
-    def forward(batch: Tensor) -> Tensor:
-        output = model(batch.to(x.dtype))
-        return _checks.logits(name, output, argument="model(x)").float()
-
-    def logits(batch: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and batch.requires_grad:
-            return _InputGradient.apply(batch, forward)  # type: ignore[no-any-return]
-        return forward(batch)
+        _checks.callable_(on_batch=on_batch)
+    logits = _logits(model, x.dtype)
 
     def classes(batch: Tensor) -> Tensor:
         z = logits(batch)
         # argmax finds a class for NaN too: without this a broken model would pass for a robust one.
         if bool(z.isnan().any()):
-            raise RuntimeError(f"{name}: expected numbers as logits `model(x)`, got NaN")
+            raise InvalidState("expected numbers as logits `model(x)`, got NaN")
         if z.shape[1] != num_classes:
-            raise ValueError(
-                f"{name}: expected `num_classes` to equal the model's number of logits "
-                f"{z.shape[1]}, got {num_classes}"
+            raise InvalidValue(
+                f"expected `num_classes` to equal the model's number of logits {z.shape[1]}, got "
+                f"{num_classes}"
             )
         return z.argmax(dim=1)
 
@@ -131,17 +124,18 @@ def autoattack(
         robust = predictions == labels
         x_adv, per_attack = x.detach().clone(), {"clean": robust.clone()}
         for attack, perturb in _attacks(logits, images, num_classes, eps, version, seed):
-            for index in robust.nonzero().squeeze(1).split(batch_size):
-                if len(index) == 0:  # what `split` makes of none
+            for rows in robust.nonzero().squeeze(1).split(batch_size):
+                # Splitting nothing gives one part without rows.
+                if len(rows) == 0:
                     break
-                found = perturb(images[index], labels[index]).detach()
+                found = perturb(images[rows], labels[rows]).detach()
                 # What is judged is what is returned, so it is rounded before and not after.
-                found = rounded_inside(found, x[index], eps, (0.0, 1.0))
+                found = rounded_inside(found, x[rows], eps, (0.0, 1.0))
                 predicted = classes(found)
-                fooled = predicted != labels[index]
-                x_adv[index[fooled]] = found[fooled]
-                predictions[index[fooled]] = predicted[fooled]
-                robust[index[fooled]] = False
+                fooled = predicted != labels[rows]
+                x_adv[rows[fooled]] = found[fooled]
+                predictions[rows[fooled]] = predicted[fooled]
+                robust[rows[fooled]] = False
                 if on_batch is not None:
                     on_batch(attack, robust)
             per_attack[attack] = robust.clone()
@@ -151,15 +145,11 @@ def autoattack(
 def square(
     model: Model, x: Tensor, targets: Tensor, *, eps: float, queries: int, seed: int
 ) -> Tensor:
-    """AutoAttack's black-box member alone, bool `(N,)`: which samples withstood so many queries."""
+    """Flags of the samples that withstand AutoAttack's black-box member alone, bool `(N,)`."""
     from pyautoattack.square import SquareAttack
 
     with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
-        images = x.detach().float().clone()
-
-        def logits(batch: Tensor) -> Tensor:
-            return _checks.logits("square", model(batch.to(x.dtype)), argument="model(x)").float()
-
+        images, logits = x.detach().float().clone(), _logits(model, x.dtype)
         attack: Any = SquareAttack(
             logits,
             n_queries=queries,
@@ -167,10 +157,26 @@ def square(
             norm="Linf",
             seed=seed,
             device=images.device,
-            resc_schedule=True,  # its schedule is made for 5,000
+            # The schedule is made for 5,000 queries, and is scaled to fewer.
+            resc_schedule=True,
         )
         found = attack.perturb(images, targets.clone())
         return logits(found).argmax(dim=1) == targets
+
+
+def _logits(model: Model, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The model as pyautoattack takes it: float32 in and out, and no gradient but that of the images."""
+
+    def forward(batch: Tensor) -> Tensor:
+        (z,) = _checks.logits(**{"model(x)": model(batch.to(dtype))})
+        return z.float()
+
+    def logits(batch: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and batch.requires_grad:
+            return _InputGradient.apply(batch, forward)  # type: ignore[no-any-return]
+        return forward(batch)
+
+    return logits
 
 
 def _attacks(
@@ -181,7 +187,7 @@ def _attacks(
     version: str,
     seed: int,
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
-    """The version's attacks by name, each set up as pyautoattack sets it up, reseeded per batch."""
+    """Attacks of the version by name, each set up as pyautoattack sets it up, reseeded per batch."""
     from pyautoattack import AutoAttack
     from pyautoattack.checks import check_randomized, check_range_output
 
@@ -242,5 +248,6 @@ def _kept_random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-        else:  # their seed waits for CUDA to start; let the caller's come after it
+        else:
+            # Their seed waits for CUDA to start; let the caller's come after it.
             torch.cuda.manual_seed_all(torch.initial_seed())
