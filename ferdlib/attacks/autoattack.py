@@ -59,12 +59,11 @@ def autoattack(
 ) -> AutoAttackResult:
     """AutoAttack in the L-infinity ball, by the authors' own attacks from `pyautoattack`.
 
-    Each attack runs on the samples that all before it left robust, in batches of `batch_size`, with the
-    authors' settings: the flags equal those of `pyautoattack.AutoAttack` with the same seed and batches.
-    Held off are its defects: the global random state is restored, no tracing function is touched, weight
-    gradients are not accumulated, train/eval flags come back, and few classes work. For K < 10 the targeted
-    attacks aim at K - 1 classes; for K <= 3 the targeted DLR loss is undefined and `apgd-t` is left out,
-    for K = 2 `apgd-dlr` too.
+    Each attack runs on the samples that all before it left robust, with the authors' settings: the flags
+    equal those of `pyautoattack.AutoAttack` with the same seed and batches. Its side effects are held off:
+    the global random state, tracing functions, weight gradients and train/eval flags are left as they were.
+    For K < 10 the targeted attacks aim at K - 1 classes; for K <= 3 the targeted DLR loss is undefined and
+    `apgd-t` is left out, for K = 2 `apgd-dlr` too.
 
     Args:
         model: any callable from images to logits `(N, K)`. It is run in eval mode.
@@ -74,7 +73,7 @@ def autoattack(
         eps: radius > 0, in units of the images.
         version: "standard" (the published evaluation), "plus" or "rand" (for randomised models).
         batch_size: samples per batch. It changes the noise, and so may change single flags.
-        seed: of the attacks' noise.
+        seed: seed of the attacks' noise.
         on_batch: called as `on_batch(attack, robust)` after each batch of each attack, with its name and
             the flags so far, bool `(N,)`, which go on changing: copy what is to be kept.
 
@@ -82,8 +81,8 @@ def autoattack(
         An `AutoAttackResult`; `result.robust.float().mean()` is the robust accuracy.
 
     Raises:
-        TypeError: `x` is not a float tensor, or an argument has the wrong type.
-        ValueError: images outside [0, 1], labels or logits that do not fit `num_classes`, an unknown version.
+        TypeError, ValueError: images outside [0, 1], labels or logits that do not fit `num_classes`, an
+            unknown version, and the like.
         RuntimeError: the model's logits are NaN.
 
     Example:
@@ -199,22 +198,19 @@ def _attacks(
         if version != "rand":
             check_randomized(logits, images[:1], images.new_zeros(1).long(), logger=log)
         check_range_output(logits, images[:1], logger=log)
-    undefined = (
-        {"apgd-t"} if num_classes == 3 else {"apgd-t", "apgd-dlr"} if num_classes < 3 else set()
-    )
+    # The DLR loss divides by the gap to the third largest logit, its targeted form also to the fourth.
+    undefined = {"apgd-t": num_classes < 4, "apgd-dlr": num_classes < 3}
+    attacks = {"apgd-t": suite.apgd_targeted, "square": suite.square}
     for name in VERSIONS[version]:
-        if name in undefined:
+        if undefined.get(name):
             continue
         if name.startswith("fab"):
-            suite.fab.targeted = name == "fab-t"
-            suite.fab.n_restarts = 1 if suite.fab.targeted else suite.fab.n_restarts
             attack = suite.fab
-        elif name == "apgd-t":
-            attack = suite.apgd_targeted
-        elif name == "square":
-            attack = suite.square
+            attack.targeted = name == "fab-t"
+            attack.n_restarts = 1 if attack.targeted else attack.n_restarts
         else:
-            attack = suite.apgd
+            attack = attacks.get(name, suite.apgd)
+        if attack is suite.apgd:
             attack.loss = name.removeprefix("apgd-")
         attack.seed = seed
         yield name, attack.perturb
@@ -239,7 +235,7 @@ class _InputGradient(torch.autograd.Function):
 
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """The attacks of pyautoattack seed torch's global generators; give the caller's states back."""
+    """Give back the states of torch's global generators, which the attacks of pyautoattack seed."""
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:

@@ -8,8 +8,8 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
 from ferdlib._modes import borrowed
-from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified
-from ferdlib.losses import cross_entropy, cw_margin, distillation, uniformity
+from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified, wide
+from ferdlib.losses import _kernels, cross_entropy
 
 
 @public
@@ -84,7 +84,7 @@ def pgd(
         tensor([[[[0.4000, 0.5000]]]])
     """
     ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
-    ascent.one_per_image(targets=targets)
+    ascent.check_targets(targets)
     stop = misclassified(targets, train_mode) if early_stop else None
     return ascent.run(loss, targets, on_step, stop)
 
@@ -105,17 +105,8 @@ def fgsm(
 ) -> Tensor:
     r"""Fast gradient sign method, $x + \epsilon \, \mathrm{sign} \nabla_x \ell(f(x), y)$ (Goodfellow et al. 2015).
 
-    `pgd` with one step of `eps`. The textbook attack has no random start; Fair-ARD's evaluation code
-    uses `random_start="normal"`.
-
-    Args:
-        model, x, targets, loss, eps, random_start, bounds, train_mode, rng, on_step: see `pgd`.
-
-    Returns:
-        Adversarial images like `x`, detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: see `pgd`.
+    `pgd` with one step of `eps`, and with its arguments, result and errors. The textbook attack has no
+    random start; Fair-ARD's evaluation code uses `random_start="normal"`.
 
     Example:
         >>> def model(x):
@@ -124,7 +115,7 @@ def fgsm(
         tensor([[[[0.4000, 0.5000]]]])
     """
     ascent = Ascent(model, x, eps, eps, 1, random_start, bounds, train_mode, rng)
-    ascent.one_per_image(targets=targets)
+    ascent.check_targets(targets)
     return ascent.run(loss, targets, on_step)
 
 
@@ -148,18 +139,11 @@ def cw_linf(
     r"""CW-inf of the distillation papers: PGD on the Carlini-Wagner margin, `losses.cw_margin`.
 
     The defaults are those of Fair-ARD's evaluation. It is not the original attack of Carlini and Wagner,
-    which searches for the smallest perturbation.
+    which searches for the smallest perturbation. Other arguments, result and errors as in `pgd`.
 
     Args:
+        targets: int64 labels `(N,)`.
         confidence: $\kappa \ge 0$; the attack gains until the best other logit leads by it.
-        model, x, targets, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step, early_stop:
-            see `pgd`; targets are labels.
-
-    Returns:
-        Adversarial images like `x`, detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: see `pgd`; ValueError for a negative confidence.
 
     Example:
         >>> def model(x):
@@ -170,13 +154,17 @@ def cw_linf(
     """
     _checks.real(0, confidence=confidence)
     ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
-    ascent.one_per_image(targets=targets)
+    ascent.check_targets(targets)
 
-    def margin(logits: Tensor, labels: Tensor) -> Tensor:
-        return cw_margin(logits, labels, confidence=confidence)
+    def check(logits: Tensor) -> None:
+        _checks.logits(**{"model(x)": logits})
+        _checks.labels(num_classes=logits.shape[1], targets=targets)
+
+    def lead(logits: Tensor, labels: Tensor) -> Tensor:
+        return -(_kernels.margin(wide(logits), labels) + confidence).clamp(min=0)
 
     stop = misclassified(targets, train_mode) if early_stop else None
-    return ascent.run(margin, targets, on_step, stop)
+    return ascent.run(lead, targets, on_step, stop, check)
 
 
 @public
@@ -206,21 +194,13 @@ def utae_pgd(
 
     A model that is its own reference has no first gradient in KL(p || p): the uniform term or a start
     away from x moves it. With neither, the signs of rounding noise would move most pixels at random, so
-    `gamma=0` with `random_start=None` is refused there.
+    `gamma=0` with `random_start=None` is refused there. Other arguments, result and errors as in `pgd`.
 
     Args:
         model: the attacked model, any callable from images to logits `(N, K)`.
         reference_logits: `(N, K)`, the prediction to move away from; None takes the model's own on x,
             in eval mode and without noise.
         gamma: weight $\gamma \ge 0$ of the uniform-target term; 0 is the inner attack of RSLAD.
-        x, eps, step_size, steps, random_start, bounds, train_mode, rng, on_step: see `pgd`.
-
-    Returns:
-        Adversarial images like `x`, detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: see `pgd`; ValueError for a negative gamma, or for none where
-            the model is its own reference and there is no start.
 
     Example:
         >>> def model(x):
@@ -240,9 +220,11 @@ def utae_pgd(
         with torch.no_grad(), borrowed(model):
             reference_logits = model(x)
     (reference,) = _checks.logits(reference_logits=reference_logits)
-    ascent.one_per_image(reference_logits=reference)
+
+    def check(logits: Tensor) -> None:
+        _checks.logits(**{"reference_logits": reference, "model(x)": logits})
 
     def away(logits: Tensor, reference: Tensor) -> Tensor:
-        return distillation(logits, reference) - gamma * uniformity(logits)
+        return _kernels.kl(reference, wide(logits)) - gamma * _kernels.uniformity(wide(logits))
 
-    return ascent.run(away, reference, on_step)
+    return ascent.run(away, reference, on_step, check=check)

@@ -16,8 +16,8 @@ from ferdlib.attacks.ascent import (
     OnStep,
     RandomStart,
     Stop,
-    logits_of,
     misclassified,
+    predicted,
 )
 from ferdlib.losses import cross_entropy
 
@@ -29,9 +29,9 @@ class StepCounter:
 
     $$d = \min\{t \in 0..K-1 : f(x^{(t)}) \ne y\}, \text{ and } K \text{ if there is none}$$
 
-    One counter is for one call of one attack. It reads the forwards that the attack makes anyway, so the
-    count costs nothing. Logits of a model that returns a tuple are its first entry. With an attack's
-    `early_stop` the samples that are left must be those that no iterate has fooled: the same labels.
+    One counter is for one call of one attack, whose forwards it reads, so the count costs nothing. Of a
+    model that returns a tuple it reads the first entry. With an attack's `early_stop` the labels must be
+    those that decide there, too: the counter takes the samples that are left for those never fooled.
 
     Args:
         labels: int64 `(N,)` that decide what is wrong.
@@ -69,24 +69,26 @@ class StepCounter:
 
     @public
     def __call__(self, step: int, x_adv: Tensor, logits: Any) -> None:
-        """Count x^(step), whose output of the model is `logits`."""
+        """Count x^(step), for which the model returned `logits`."""
         self.see(step, logits)
 
-    def see(self, step: int, logits: Any) -> None:
-        """Count an iterate; an error names no function, for attacks that count under their own name."""
-        z = logits_of(logits)
+    def see(self, step: int, output: Any) -> None:
+        """Count an iterate; for attacks that count under their own name in an error."""
+        classes = predicted(step, output)
         if step == 0:
-            _checks.labels(num_classes=z.shape[1], labels=self.labels)
+            logits = output[0] if isinstance(output, tuple) else output
+            _checks.labels(num_classes=logits.shape[1], labels=self.labels)
         if step >= self.steps:
             return
-        rows = self._rows(len(z))
-        wrong, before = z.argmax(dim=1) != self.labels[rows], self.counts[rows]
+        rows = self._rows(len(classes))
+        before, wrong = self.counts[rows], classes != self.labels[rows]
         if self.count == "correct":
             after = before + ~wrong
         else:
             after = torch.where(wrong & (before == self.steps), step, before)
         # Not in place: tensors made under `torch.inference_mode` could not be written to here.
-        self.counts = after if len(z) == len(self.labels) else self.counts.index_put((rows,), after)
+        whole = len(classes) == len(self.labels)
+        self.counts = after if whole else self.counts.index_put((rows,), after)
 
     def _rows(self, seen: int) -> Any:
         """The rows that an attack still asks about: with `early_stop`, those that were never wrong."""
@@ -123,24 +125,20 @@ def least_pgd_steps(
     r"""PGD with the least number of steps that fool the model (Fair-ARD Eq. 5, FERD Eq. 24).
 
     `pgd` under a `StepCounter`. The last iterate x^(K) is not evaluated, so "fooled by the last step" and
-    "never fooled" are both K, as in the paper's Fig. 2. x^(0) is the random start.
+    "never fooled" are both K, as in the paper's Fig. 2. x^(0) is the random start. Other arguments and
+    errors as in `pgd`.
 
     Args:
+        model: returns logits `(N, K)`, or a tuple that begins with them.
         labels: int64 `(N,)` that decide what is wrong; default `targets`, when those are labels. So an
             attack on teacher logits can be counted too.
         count: "first" crossing, or number of "correct" iterates; see `StepCounter`.
         steps: K >= 1.
         early_stop: leave a sample out after its first crossing, for the count alone, at less than the attack's
             price; the images are then those that decided, x^(d) or x^(K-1). Not for "correct", which goes on.
-        model, x, targets, loss, eps, step_size, random_start, bounds, train_mode, rng, on_step: see
-            `pgd`; the model returns logits `(N, K)`, or a tuple that begins with them.
 
     Returns:
         The adversarial images of `pgd`, and the counts, int64 `(N,)` in `0..steps`.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: see `pgd`; ValueError if `targets` are not labels and none
-            are given, for an unknown count, or for `early_stop` with "correct" or with `train_mode`.
 
     Example:
         >>> def model(x):  # class 1 while the pixel is above 0.43
@@ -152,7 +150,7 @@ def least_pgd_steps(
     _checks.choice(COUNTS, count=count)
     _checks.integer(1, steps=steps)
     ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
-    ascent.one_per_image(targets=targets)
+    ascent.check_targets(targets)
     if labels is not None:
         _checks.labels(like=x, labels=labels)
     elif targets.is_floating_point():
@@ -180,8 +178,4 @@ def least_pgd_steps(
 def _decided(labels: Tensor, steps: int, train_mode: bool) -> Stop:
     """The early stop of a count: x^(K) is never counted, so no step need lead to it."""
     wrong = misclassified(labels, train_mode)
-
-    def stop(step: int, rows: Tensor, output: Any) -> Tensor:
-        return wrong(step, rows, output) | (step == steps - 1)
-
-    return stop
+    return lambda step, rows, output: wrong(step, rows, output) | (step == steps - 1)
