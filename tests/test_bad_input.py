@@ -23,6 +23,7 @@ MODULES = [importlib.import_module(f"bad_input.{name}") for name in TABLES]
 # Patterns of public names without a row, and why.
 NO_ROWS = {
     r"\w+\.AutoAttackResult": "a record",
+    r"augment\.Crops\.__getitem__": "torch's errors",
     r"attacks\.StepCounter\.see": "raises under the name of the attack that counts",
     r"models\.(SmallCNN|WideResNet|PreActResNet|MobileNetV2|FrozenModel)": "made by a function that checks",
     r"models\.\w+\.forward": "torch's errors",

@@ -16,6 +16,5 @@ mirrored = [*t.tensor(FLIPS, torch.int64, "shape"), (FLIPS[:-1], ValueError, "sh
 each(Crops, top=offsets, left=offsets, mirrored=mirrored)
 good(Crops.draw, n=N, padding=1, rng=t.seeded(), device="cpu")
 each(Crops.draw, n=t.integer(0))
-good(Crops.count, padding=1)
 good(Crops.__call__, self=lambda: Crops.draw(N, padding=1, rng=t.seeded()), x=X)
 each(Crops.__call__, x=[*t.BATCH, *any_of(ValueError, "", X[:-1], X.to("meta"))])
