@@ -12,7 +12,6 @@ from scipy.optimize import brentq, minimize
 
 from ferdlib import reweight
 from ferdlib.reweight import (
-    ClassMean,
     FRLWeights,
     HedgeWeights,
     cfa_margins,
@@ -54,25 +53,16 @@ def test_gairat_by_hand():
 def test_gairat_is_lps_tanh_of_samples(steps):
     k = (steps * torch.rand(9, generator=seeded())).double()
     close(gairat(k, steps), reweight.lps_tanh(k, steps, shift=-1.0))
-    close(gairat(k, steps, shift=0.5), reweight.lps_tanh(k, steps, shift=0.5))
+    for shift in (0.5, -500.0):
+        close(gairat(k, steps, shift=shift), reweight.lps_tanh(k, steps, shift=shift))
     assert gairat(k, steps).mean().item() == pytest.approx(1)
-
-
-def test_gairat_of_one_sample_and_of_equal_ones_is_1():
-    for k in (torch.tensor([3]), torch.full((6,), 10), torch.zeros(2).half()):
-        assert torch.equal(gairat(k, 10).float(), torch.ones(len(k)))
+    assert torch.equal(gairat(torch.tensor([1]), steps), torch.ones(1))
 
 
 def test_gairat_does_not_round_half_of_an_odd_number_of_steps():
     """At 3.5 of 7 steps the ramp is at its middle; with int(7 / 2) it would be past it."""
     w = gairat(vector(3.5, 7.0), 7, shift=0.0)
     assert (w[1] / w[0]).item() == pytest.approx((1 + math.tanh(-5)) / 1)
-
-
-def test_gairat_is_finite_where_every_tanh_is_minus_1():
-    close(
-        gairat(vector(10, 10, 9), 10, shift=-500.0), vector(1, 1, math.e**2) * 3 / (2 + math.e**2)
-    )
 
 
 # CFA
@@ -141,16 +131,6 @@ def test_kl_ball_agrees_with_a_general_solver(k, radius):
     close(p, found.x, atol=1e-4)
 
 
-def test_kl_ball_beats_a_fine_grid():
-    a, points = np.array([0.3, -0.2, 0.1]), np.linspace(0.002, 0.998, 499)
-    p = kl_ball(torch.tensor(a)).numpy()
-    x, y = (m.ravel() for m in np.meshgrid(points, points))
-    q = np.stack([x, y, 1 - x - y], axis=1)[x + y < 0.999]
-    inside = q[-np.log(3 * q).mean(axis=1) <= 0.5]
-    assert (inside @ a).max() <= p @ a + 1e-12
-    assert (inside @ a).max() == pytest.approx(p @ a, abs=2e-3)
-
-
 def test_kl_ball_by_hand():
     """K = 2: KL = -log(4 p q) / 2, so p q = exp(-2 r) / 4."""
     p = (1 + math.sqrt(1 - math.exp(-1))) / 2
@@ -206,15 +186,6 @@ def test_kl_ball_does_not_take_an_absent_class_for_the_worst():
     released = kl_ball(a.nan_to_num(nan=0.0))
     assert released.argmax() == 1
     assert p[1:40].sum() < 0.4 < 0.7 < released[1:40].sum()
-
-
-def test_kl_ball_of_class_means_does_not_see_how_many_samples_a_class_has():
-    """A sum over samples would put the large class first."""
-    targets = torch.tensor([0] * 9 + [1])
-    mean = ClassMean(2)
-    mean.update(torch.where(targets == 0, 0.1, 0.4), targets)
-    p = kl_ball(mean.compute())
-    assert p[1] > p[0]
 
 
 def test_kl_ball_passes_no_gradient():
@@ -407,18 +378,6 @@ def test_frl_leaves_the_multipliers_of_an_absent_class_and_the_means_to_the_othe
     close(frl.clean_multipliers, state["clean_multipliers"])
 
 
-def test_frl_means_are_over_classes_however_many_samples_they_have():
-    """An average over samples would lie at the large class, and the small one far from it."""
-    targets = torch.tensor([0] * 98 + [1] * 2)
-    correct, robust = ClassMean(2), ClassMean(2)
-    correct.update(torch.where(targets == 0, 0.9, 0.5), targets)
-    robust.update(torch.where(targets == 0, 0.6, 0.2), targets)
-    frl = FRLWeights(2, clean_slack=0.0, boundary_slack=0.0, rate=1.0)
-    frl.update(correct.compute(), robust.compute())
-    close(frl.clean_multipliers, [0.0, 0.2], atol=1e-7)
-    close(frl.boundary_multipliers, [0.0, 0.0], atol=1e-7)
-
-
 def test_frl_continues_from_its_state_and_its_changed_rate():
     rng = seeded()
     accuracies = [torch.rand(2, 4, generator=rng).sort(dim=0, descending=True)[0] for _ in range(6)]
@@ -480,13 +439,6 @@ def test_hedge_does_not_overflow():
     assert hedge.average_weight == 0.0
 
 
-def test_equal_classes_share_equally_with_the_average():
-    hedge = HedgeWeights(4, rate=3.0)
-    hedge.update(torch.full((4,), 2.5), 2.5)
-    close(hedge.class_weights, [4 / 5] * 4)
-    assert hedge.average_weight == pytest.approx(4 / 5)
-
-
 def test_hedge_keeps_the_ratio_of_an_absent_class_to_the_average():
     """Adding a loss of 0 for it would make it the easiest class of all."""
     hedge = HedgeWeights(3, rate=1.0)
@@ -497,16 +449,6 @@ def test_hedge_keeps_the_ratio_of_an_absent_class_to_the_average():
         hedge.update(vector(1.0, 3.0, nan), 2.0)
         assert hedge.class_weights[2].item() / hedge.average_weight == pytest.approx(ratio)
     close(hedge.excess, [-21.0, 20.0, 1.0])
-
-
-def test_hedge_of_class_means_does_not_see_how_many_samples_a_class_has():
-    """Sums over N / K, as if classes were balanced, would make the large class the hardest."""
-    targets = torch.tensor([0] * 90 + [1] * 10)
-    mean = ClassMean(2)
-    mean.update(torch.full((100,), 1.5), targets)
-    hedge = HedgeWeights(2, rate=1.0)
-    hedge.update(mean.compute(), 1.5)
-    close(hedge.class_weights, [2 / 3, 2 / 3])
 
 
 def test_hedge_continues_from_its_state():
