@@ -28,7 +28,10 @@ NO_ROWS = {
     r"models\.(SmallCNN|WideResNet|PreActResNet|MobileNetV2|FrozenModel)": "made by a function that checks",
     r"models\.\w+\.forward": "torch's errors",
     r"models\.FrozenModel\.train": "takes a flag",
-    r"models\.create": "the old name of build_model",
+    r"models\.create|methods\.create": "the old names of build_model and build_method",
+    r"methods\.\w+\.(ascend|terms|reference)": "hooks of attack and loss",
+    r"methods\.(FrozenTeacher.*|teacher_logits)": "hand over what the model makes of the images",
+    r"methods\.Recipe": "a record",
 }
 # Parameters without a row, and why.
 FREE = {
@@ -37,6 +40,7 @@ FREE = {
     **dict.fromkeys(("fold_batchnorm", "channels_last", "compile", "flip", "remargin"), "a flag"),
     **dict.fromkeys(("xlabel", "ylabel", "weights_label", "accuracy_label"), "matplotlib's"),
     **dict.fromkeys(("step", "x_adv"), "not looked at"),
+    "reference": "looked at by the losses",
 }
 
 

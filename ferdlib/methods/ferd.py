@@ -55,6 +55,7 @@ class FERDDistillation(Adversarial):
     def check(self) -> None:
         super().check()
         _checks.module(teacher=self.teacher)
+        _checks.integer(0, num_classes=self.num_classes)
         _checks.choice(("student", "teacher"), attack_model=self.attack_model)
         _checks.real(0, gamma=self.gamma)
         _checks.real(0, clean_weight=self.clean_weight, adv_weight=self.adv_weight)
