@@ -148,7 +148,9 @@ def build_method(
             came = "none" if model is None else f"a {type(model).__name__}"
             raise InvalidValue(f"expected {expected} `{argument}` for {name!r}, got {came}")
     if prefix and rule is not None:
-        raise InvalidValue(f"expected no `rule` for {name!r}, which has one; use {base!r} with it")
+        raise InvalidValue(
+            f"expected no `rule` for {name!r}, which has one, got a {type(rule).__name__}; give it to {base!r}"
+        )
     of_method -= {*models, "num_classes", "rule"}
     for setting in given:
         if setting not in of_method ^ of_rule:

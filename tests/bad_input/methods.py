@@ -1,124 +1,110 @@
-"""Methods and their rules."""
+"""Methods and rules."""
 
-from dataclasses import fields
+import inspect
 
 import torch
-from torch import nn
 
 from bad_input import table as t
-from bad_input.table import (
-    FIGURES,
-    MODEL,
-    SHARE,
-    STUDENT,
-    TEACHER,
-    WEIGHT,
-    K,
-    X,
-    Y,
-    any_of,
-    bad,
-    each,
-    good,
-    or_none,
-)
+from bad_input.table import FIGURES, SHARE, STUDENT, WEIGHT, K, X, Y, Z, any_of, bad, each, good
 from ferdlib import methods
-from ferdlib.methods import METHODS, RULES, rules
+from ferdlib.methods import rules
 
-FLAG = any_of(TypeError, "a bool", "yes", 1, None)
-DROPS = [(3, TypeError, "a tuple"), (("3",), TypeError, "an int"), ((-1,), ValueError, ">= 0")]
-OWN = {
-    **dict.fromkeys(("eps", "step_size"), WEIGHT),
-    **dict.fromkeys(("steps", "begin"), t.integer(0)),
-    **dict.fromkeys(("slack", "variance_weight", "margin_base", "mixing_base"), WEIGHT),
-    **dict.fromkeys(("train_mode", "kl_mean", "weigh_teacher", "fold_batchnorm"), FLAG),
-    **dict.fromkeys(("clean_target", "attack_model", "function"), t.CHOICE),
-    "random_start": or_none(t.CHOICE),
-    "temperature": t.ABOVE_ZERO,
-    "remargin": FLAG,
-    "rate_drops": DROPS,
-    "rule": any_of(TypeError, "a Rule", "text", None, rules.LPS),
+FLAG = any_of(TypeError, "a bool", "yes", 1)
+SETTINGS = {
+    "steps": t.integer(0),
+    "random_start": t.or_none(t.CHOICE),
+    "rule": any_of(TypeError, "a Rule", "fat", None, rules.FAT),
+    "begin": t.integer(0),
+    "clip": t.or_none(t.BOUNDS),
     "shift": t.number(),
-    "clip": or_none(t.BOUNDS) + any_of(ValueError, " in ", (-1.0, 1.0)),
+    "rate_drops": [*any_of(TypeError, "", 3, "3", ("3",)), ((-1,), ValueError, ">= 0")],
+    **dict.fromkeys(("train_mode", "kl_mean", "remargin", "weigh_teacher"), FLAG),
+    "fold_batchnorm": FLAG,
+    **dict.fromkeys(("clean_target", "function", "attack_model"), t.CHOICE),
+    **dict.fromkeys(("eps", "step_size", "slack", "variance_weight", "margin_base"), WEIGHT),
+    "mixing_base": WEIGHT,
+    "temperature": t.ABOVE_ZERO,
 }
-EACH = {
-    methods.RSLAD: {"adv_weight": SHARE},
-    methods.ABSLD: {"adv_weight": SHARE},
-    methods.MTARD: {"rate": SHARE},
-    methods.FERDDistillation: {"num_classes": [*t.integer(0), (1, ValueError, ">= 2")]},
-    rules.DAFA: {"begin": t.integer(1)},
-}
+OWN = {methods.RSLAD: {"adv_weight": SHARE}, methods.MTARD: {"rate": SHARE}}
+OWN |= {methods.FERDDistillation: {"num_classes": [*t.integer(0), (1, ValueError, ">= 2")]}}
+OWN |= {methods.ABSLD: {"adv_weight": SHARE}, rules.DAFA: {"begin": t.integer(1)}}
+PARTS = {"num_classes": K, "teacher": t.MODEL, "natural_teacher": t.TEACHER}
+every = (*methods.METHODS.values(), *methods.RULES.values(), methods.Adversarial, methods.Distilled)
+for kind in every:
+    wanted = inspect.signature(kind).parameters
+    says = rf"{kind.__name__}|Uniform\.bind"
+    good(kind, says, **{name: part for name, part in PARTS.items() if name in wanted})
+    rows = SETTINGS | OWN.get(kind, {})
+    each(kind, **{name: rows[name] for name in wanted if name in rows})
 
 
-def enter(kind, **valid):
-    good(kind, **valid)
-    names = [f.name for f in fields(kind) if f.init]
-    rows = {name: rows for name, rows in OWN.items() if name in names}
-    each(kind, **(rows | EACH.get(kind, {})))
+def method(rule=rules.Uniform):
+    return methods.RSLAD(num_classes=K, teacher=t.MODEL, steps=1, rule=rule())
 
 
-MODELS = {"teacher": TEACHER, "natural_teacher": MODEL}
-for kind in (methods.Adversarial, methods.Distilled, *METHODS.values()):
-    wanted = {k: v for k, v in MODELS.items() if k in kind.__dataclass_fields__}
-    enter(kind, num_classes=K, **wanted)
-for kind in RULES.values():
-    enter(kind)
+def counted():
+    made = method(rules.LPS)
+    made.attack(STUDENT, X, Y)
+    return made.rule
 
 
-def sat():
-    return methods.SAT(num_classes=K, steps=1)
+def validated():
+    made = method(rules.FRL)
+    made.validate(STUDENT, [(X, Y)])
+    return made.rule
 
 
-rows = {"student": t.FUNCTION, "x": t.BATCH, "y": [*t.LABELS, *t.SHORT, *t.IN_RANGE]}
-good(methods.SAT.attack, self=sat, student=STUDENT, x=X, y=Y)
-good(methods.SAT.loss, self=sat, student=STUDENT, x=X, x_adv=X, y=Y)
-each(methods.SAT.attack, **rows)
-each(methods.SAT.loss, **rows, x_adv=t.BATCH)
-good(methods.SAT.validate, self=sat, student=STUDENT, batches=[(X, Y)])
-each(methods.SAT.validate, student=t.FUNCTION, batches=any_of(TypeError, "an Iterable", 7, None))
+taken = method().rule
+bad(methods.RSLAD, RuntimeError, "a rule of its own for each method", rule=taken)
+images = {"student": STUDENT, "x": X, "y": Y}
+y = t.LABELS + t.SHORT + t.IN_RANGE
+good(methods.Adversarial.attack, r"RSLAD\.attack|pgd", self=method, **images)
+each(methods.Adversarial.attack, student=t.FUNCTION, y=y)
+good(methods.Adversarial.loss, r"RSLAD\.loss|rslad|distillation", self=method, x_adv=X, **images)
+each(methods.Adversarial.loss, student=t.FUNCTION, x=t.BATCH, x_adv=t.BATCH, y=y)
+for function in (methods.Adversarial.attack, methods.Adversarial.loss):
+    each(function, reference=[(Z[:-1], ValueError, "`")])
+good(methods.Adversarial.validate, self=method, student=STUDENT, batches=[(X, Y)])
+batches = any_of(TypeError, "of images and labels", 7, None)
+each(methods.Adversarial.validate, student=t.FUNCTION, batches=batches)
+own = method().state_dict()
+good(methods.Adversarial.load_state_dict, self=method, state=own)
+broken = [(own | {"epoch": "1"}, TypeError, "`epoch`")]
+each(methods.Adversarial.load_state_dict, state=t.state(own) + broken)
+# Each rule has its moment.
+gairat = rules.GAIRAT(begin=0)
+good(rules.GAIRAT.combine, self=rules.GAIRAT, losses=Z[:, 0], logits=Z, targets=Y)
+each(rules.GAIRAT.combine, logits=[], targets=[])
+bad(rules.GAIRAT.combine, RuntimeError, "own attack", self=lambda: gairat)
+good(rules.LPS.end_epoch, self=counted)
+bad(rules.LPS.end_epoch, RuntimeError, "", self=lambda: method(rules.LPS).rule)
+good(rules.FRL.end_epoch, self=validated)
+bad(rules.FRL.end_epoch, RuntimeError, "", self=lambda: method(rules.FRL).rule)
 
-
-def absld():
-    return methods.ABSLD(num_classes=K, teacher=MODEL, rule=rules.LPS())
-
-
-own = absld().state_dict()
-broken = [own | {"epoch": "1"}, own | {"rule": 3}]
-good(
-    methods.ABSLD.load_state_dict,
-    r"ABSLD\.load_state_dict|LPS\.load_state_dict",
-    self=absld,
-    state=own,
-)
-each(methods.ABSLD.load_state_dict, state=t.state(own | {"epoch": 0}))
-bad(methods.ABSLD.load_state_dict, TypeError, "`epoch`", state=broken[0])
-bad(methods.ABSLD.load_state_dict, TypeError, "as a dict", state=broken[1])
-
-good(methods.build_method, "build_method|SAT", name="sat", num_classes=K)
-each(
+good(methods.build_method, "build_method|RSLAD|LPS", name="rslad", num_classes=K, teacher=t.MODEL)
+names = t.STRING + any_of(ValueError, "alone or behind", "rslad-fair", "fair-fair-rslad")
+both = any_of(ValueError, "`natural_teacher` for 'rslad'", t.TEACHER)
+each(methods.build_method, name=names, preset=t.CHOICE, natural_teacher=both)
+each(methods.build_method, teacher=any_of(ValueError, "a `teacher` for 'rslad'", None))
+each(methods.build_method, rule=any_of(TypeError, "a Rule", "fat"))
+bad(methods.build_method, ValueError, "no `rule`", name="fair-rslad", rule=rules.FAT())
+bad(
     methods.build_method,
-    name=[(7, TypeError, "a str"), ("cat-sat", ValueError, "one of 'sat'")],
-    preset=t.CHOICE,
-    teacher=any_of(ValueError, "no `teacher`", MODEL),
-    natural_teacher=any_of(ValueError, "no `natural_teacher`", MODEL),
-    rule=any_of(TypeError, "a Rule", "text", 7),
+    ValueError,
+    "a pair without a release",
+    name="fat-rslad",
+    preset="released",
 )
+bad(methods.build_method, ValueError, "`settings` among", epsilon=0.1)
 good(methods.recipe, name="ard")
-each(
-    methods.recipe, name=[(7, TypeError, "a str"), ("ferd", ValueError, "one of")], preset=t.CHOICE
-)
-
-
-def average():
-    return methods.FairAverage(MODEL)
-
-
-good(methods.FairAverage, model=MODEL)
+each(methods.recipe, name=names, preset=t.CHOICE)
+good(methods.FairAverage, model=t.MODEL)
 each(methods.FairAverage, decay=SHARE, threshold=SHARE)
-good(methods.FairAverage.update, self=average, model=MODEL, class_accuracy=FIGURES)
-absent = any_of(ValueError, "only nan", torch.full((K,), t.NAN))
-other = any_of(ValueError, "got other shapes", nn.Linear(2, 2))
-each(methods.FairAverage.update, model=t.MODULE + other, class_accuracy=t.FRACTIONS + absent)
-state = average().state_dict()
-good(methods.FairAverage.load_state_dict, self=average, state=state)
-each(methods.FairAverage.load_state_dict, state=t.state(state))
+average = methods.FairAverage(t.MODEL)
+good(methods.FairAverage.update, self=lambda: average, model=t.MODEL, class_accuracy=FIGURES)
+models = [*t.MODULE, (torch.nn.Linear(2, 2), ValueError, "of the first one")]
+accuracies = [*t.FRACTIONS, (FIGURES * t.NAN, ValueError, "only nan")]
+each(methods.FairAverage.update, model=models, class_accuracy=accuracies)
+own = average.state_dict()
+good(methods.FairAverage.load_state_dict, self=lambda: average, state=own)
+each(methods.FairAverage.load_state_dict, state=t.state(own))
