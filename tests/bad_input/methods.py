@@ -65,7 +65,7 @@ each(methods.Adversarial.loss, student=t.FUNCTION, x=t.BATCH, x_adv=t.BATCH, y=y
 for function in (methods.Adversarial.attack, methods.Adversarial.loss):
     each(function, reference=[(Z[:-1], ValueError, "`")])
 good(methods.Adversarial.validate, self=method, student=STUDENT, batches=[(X, Y)])
-batches = any_of(TypeError, "of images and labels", 7, None)
+batches = any_of(TypeError, "an Iterable", 7, None)
 each(methods.Adversarial.validate, student=t.FUNCTION, batches=batches)
 own = method().state_dict()
 good(methods.Adversarial.load_state_dict, self=method, state=own)

@@ -11,7 +11,7 @@ MARGINS, KAPPA = t.class_vector(Z[0]), t.class_vector(ONES, 0)
 good(reweight.margin_softmax, class_margins=Z[0])
 floor = [*WEIGHT, (1 / K, ValueError, "< 1/K")]
 each(reweight.margin_softmax, class_margins=MARGINS, temperature=t.ABOVE_ZERO, floor=floor)
-high = [*t.number(), (0.05, ValueError, "> `low`")]
+high = [*t.number(), (0.05, ValueError, "`low`")]
 good(reweight.margin_minmax, class_margins=Z[0])
 each(reweight.margin_minmax, class_margins=MARGINS, low=WEIGHT, high=high)
 good(reweight.lps_power, kappa=ONES)
