@@ -1,4 +1,9 @@
-"""Losses, one equation each. Every loss returns one value per sample, `(N,)`, unless it says so."""
+"""Losses, one equation each. Every loss returns one value per sample, `(N,)`, unless it says so.
+
+Logits are float `(N, K)` with K >= 2, of one shape if there are several, targets int64 labels `(N,)` in
+`0..K-1`. All raise TypeError for other dtypes and types, ValueError for other shapes, labels out of range (read on
+the CPU only) and numbers out of range. They compute in float32 or wider and reduce nothing: no hidden 1/K or T².
+"""
 
 from ferdlib.losses.balance import MTARDBalance, class_temperatures, class_variance
 from ferdlib.losses.basic import (

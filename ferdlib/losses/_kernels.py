@@ -22,6 +22,7 @@ def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 def rescaled_kl(p_logits: Tensor, q_logits: Tensor, t: float | Tensor) -> Tensor:
     r"""$\tau^2 KL_\tau(p \| q)$, for a number or a column `(N, 1)` of temperatures."""
+    # As a column, because t may be one.
     return (t**2 * kl(p_logits / t, q_logits / t)[:, None]).squeeze(1)
 
 

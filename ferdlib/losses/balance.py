@@ -1,8 +1,7 @@
 """Quantities that robust distillation and fair training balance while they run.
 
 Between classes: their temperatures (ABSLD) and the variance of their losses (FAT). Between two
-teachers: the weights of their losses (MTARD). All raise TypeError for a tensor that is not float and a
-number of another type, ValueError for wrong shapes, labels or numbers out of range.
+teachers: the weights of their losses (MTARD). Errors as the package says.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def class_temperatures(
         low, high: 0 < low <= high.
 
     Returns:
-        New temperatures `(K,)` in the dtype and on the device of the old. Raises as the module says.
+        New temperatures `(K,)` in the dtype and on the device of the old.
 
     Example:
         >>> class_temperatures(torch.ones(3), torch.tensor([1.0, 2.0, 6.0]))  # gaps -2, -1, 3
@@ -57,6 +56,7 @@ def class_temperatures(
         raise InvalidValue(f"expected `temperatures` > 0, got {temperatures.tolist()}")
     losses, tau = class_losses.to(temperatures.device, torch.float64), temperatures.double()
     present = losses[~losses.isnan()]
+    # The ends are compared, because the mean of equal losses may round away from them.
     if not len(present) or bool(present.min() == present.max()):
         return temperatures.clone()
     gap = losses - present.mean()
@@ -70,7 +70,7 @@ def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: i
 
     Over the C classes *present* in the batch; the release has 100 slots and counts the empty ones as
     losses of 0, so that equal losses are penalised. Added to the mean loss with a factor a, it is as if
-    class c weighed $n_c / N + 2 a (l_c - \bar l) / (C - 1)$ (at ddof 1). Raises as the module says.
+    class c weighed $n_c / N + 2 a (l_c - \bar l) / (C - 1)$ (at ddof 1).
 
     Args:
         values: losses `(N,)`.
@@ -124,7 +124,7 @@ class MTARDBalance:
         clean_weight, adv_weight: float64 scalar tensors of sum 1, each 1/2 at the start.
         initial_losses: L(0), adversarial and clean, float64 `(2,)`; empty before the first update.
 
-    Raises: as the module says, and ValueError for first losses that are not finite and > 0.
+    Raises: as the package says, and ValueError for first losses that are not finite and > 0.
 
     Example:
         >>> balance = MTARDBalance(rate=0.5)
@@ -150,7 +150,8 @@ class MTARDBalance:
     def update(self, adv_loss: Tensor, clean_loss: Tensor) -> tuple[Tensor, Tensor]:
         """Move the weights by the batch means of both losses; return `(adv_weight, clean_weight)`."""
         _checks.scalar(adv_loss=adv_loss, clean_loss=clean_loss)
-        _checks.real(0, 1, rate=self.rate)  # a schedule may have set it
+        # A schedule may have set it.
+        _checks.real(0, 1, rate=self.rate)
         now = torch.stack(
             [loss.detach().to(adv_loss.device).double() for loss in (adv_loss, clean_loss)]
         )

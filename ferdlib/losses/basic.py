@@ -1,9 +1,4 @@
-"""Per-sample losses: float32 or wider, no reduction, no hidden 1/K or T².
-
-All logits are float `(N, K)` with K >= 2, targets int64 labels `(N,)` in `0..K-1`, results `(N,)`. All
-raise TypeError for other dtypes, ValueError for other shapes, labels out of range (read on the CPU only)
-and numbers out of range.
-"""
+"""Cross-entropy, divergences and margins; errors as the package says."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ from ferdlib.losses import _kernels
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Cross-entropy, $-\log \mathrm{softmax}(z)_y$.
 
-    In nats, at least 0. Shapes and errors as the module says.
+    Takes logits `(N, K)` and labels `(N,)`; returns `(N,)`, in nats, at least 0.
 
     Example:
         >>> import torch
@@ -36,8 +31,8 @@ def kl_divergence(
     r"""Kullback-Leibler divergence, $KL(p \| q) = \sum_c p_c (\log p_c - \log q_c)$.
 
     With $p = \mathrm{softmax}(z_p / T)$ and $q = \mathrm{softmax}(z_q / T)$. The sum runs over
-    classes, and there is no factor T²: multiply by it where a method asks for it. In nats, at least 0
-    up to rounding. Shapes and errors as the module says.
+    classes, and there is no factor T²: multiply by it where a method asks for it. Takes logits `(N, K)`;
+    returns `(N,)`, in nats, at least 0 up to rounding.
 
     Args:
         p_logits: the reference.
@@ -60,7 +55,8 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Adversarial margin, $m = z_y - \max_{j \ne y} z_j$ (FERD Eq. 1).
 
     Negative where the sample is misclassified. The label is masked with $-\infty$, so the largest
-    other logit is right for negative logits too. In units of the logits. Shapes and errors as the module says.
+    other logit is right for negative logits too. Takes logits `(N, K)` and labels `(N,)`; returns
+    `(N,)`, in units of the logits.
 
     Example:
         >>> import torch
@@ -76,7 +72,7 @@ def cw_margin(logits: Tensor, targets: Tensor, *, confidence: float = 50.0) -> T
 
     An attack gains until the best other logit leads by $\kappa$. At the default 50 the clamp
     practically never bites, and the objective is the plain margin, as in the ARD evaluation codes.
-    At most 0. Shapes and errors as the module says.
+    Takes logits `(N, K)` and labels `(N,)`; returns `(N,)`, at most 0.
 
     Args:
         confidence: $\kappa \ge 0$, in units of the logits.
@@ -87,6 +83,7 @@ def cw_margin(logits: Tensor, targets: Tensor, *, confidence: float = 50.0) -> T
         tensor([-0.])
     """
     _checks.real(0, confidence=confidence)
+    # Where the clamp bites the gradient is 0, and an attack stops.
     return -(_kernels.margin(_labelled(logits, targets), targets) + confidence).clamp(min=0)
 
 
@@ -94,8 +91,8 @@ def cw_margin(logits: Tensor, targets: Tensor, *, confidence: float = 50.0) -> T
 def uniformity(logits: Tensor) -> Tensor:
     r"""Distance from the uniform distribution, $KL(U \| p) = -\log K - \frac1K \sum_c \log p_c$ (FERD Eq. 7).
 
-    In nats, 0 for equal logits, unbounded above. Its gradient with respect to the logits is $p - U$.
-    Shapes and errors as the module says.
+    Takes logits `(N, K)`; returns `(N,)`, in nats, 0 for equal logits, unbounded above. Its gradient with
+    respect to the logits is $p - U$.
 
     Example:
         >>> import torch
@@ -110,7 +107,7 @@ def uniformity(logits: Tensor) -> Tensor:
 def confidence_penalty(logits: Tensor) -> Tensor:
     r"""Confidence penalty, $KL(p \| U) = \log K - H(p)$ (the regulariser of BAT).
 
-    In nats, between 0 (uniform) and log K (certain). Shapes and errors as the module says.
+    Takes logits `(N, K)`; returns `(N,)`, in nats, between 0 (uniform) and log K (certain).
 
     Example:
         >>> import torch
@@ -136,7 +133,7 @@ def decoupled_kl(
       - b \sum_c \bar p^T_c \log p^S_c, \qquad \Delta_{jk} = z_j - z_k$$
 
     with $w = \mathrm{softmax}(z^T / T_w)$ and $\bar p^T$ the teacher's probabilities without
-    gradient. At least 0; as a distance to *grow* it is unbounded. Shapes and errors as the module says.
+    gradient. Takes logits `(N, K)`; returns `(N,)`, at least 0. As a distance to *grow* it is unbounded.
 
     Args:
         teacher_logits: gradients flow through the first term only.
@@ -159,7 +156,7 @@ def decoupled_kl(
 
 
 def _labelled(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return logits in float32 or wider, of the samples that the labels belong to."""
+    """Return logits in float32 or wider that have these labels."""
     (z,) = _checks.logits(logits=logits)
     _checks.labels(targets=targets, like=z, num_classes=z.shape[1])
     return z

@@ -4,14 +4,11 @@ S is the student, T the teacher, x the images, $\tilde x$ their adversarial exam
 $KL(a \| b)$ the divergence of $\mathrm{softmax}(a)$ and $\mathrm{softmax}(b)$, and $KL_\tau$ that of
 $a / \tau$ and $b / \tau$. All logits are float `(N, K)` of one shape, targets int64 labels `(N,)`.
 Gradients flow into every argument of the student's; the teachers' are constants, except in
-`distillation` itself. A loss returns `(N,)`, in nats; take the mean.
+`distillation` itself. A loss returns `(N,)`, in nats; take the mean. Errors as the package says.
 
 `kl_weight` >= 0 multiplies every divergence and nothing else. A divergence is summed over classes
 here; the releases of ARD, RSLAD, MTARD, ABSLD and AdaAD (on CIFAR-10) take `KLDivLoss()`'s default
 mean, over samples *and* classes, which is `kl_weight=1 / K`. Those of IAD and TRADES sum: 1.
-
-All raise TypeError for logits that are not float, labels that are not int64 and numbers of another
-type, ValueError for shapes that differ and for labels or numbers out of range.
 """
 
 from __future__ import annotations
@@ -31,8 +28,7 @@ def distillation(
     r"""$KL(\text{reference} \| \text{model})$ in the argument order of attacks and training losses.
 
     The same value as `kl_divergence(reference_logits, logits)`: the second argument is the target,
-    as labels are the second argument of `cross_entropy`. At least 0 up to rounding. Shapes and errors
-    as the module says.
+    as labels are the second argument of `cross_entropy`. At least 0 up to rounding.
 
     Args:
         logits: those of the model that is trained or attacked.
@@ -60,8 +56,7 @@ def trades(
 ) -> Tensor:
     r"""TRADES, $CE(S(x), y) + \beta \, KL(S(x) \| S(\tilde x))$.
 
-    The gradient flows through both arguments of the divergence, as in the release. Shapes and
-    errors as the module says.
+    The gradient flows through both arguments of the divergence, as in the release.
 
     Args:
         beta: >= 0; `kl_weight` is one more factor beside it.
@@ -91,7 +86,7 @@ def ard(
 
     At the release's $\tau = 30$, $\alpha = 1$ it matches logits: for logits of a few units the batch
     mean of $\tau^2 KL_\tau$ is within 1 % of that of $\sum_c (d_c - \bar d)^2 / 2K$, $d = T(x) - S(\tilde x)$.
-    Shapes, `kl_weight` and errors as the module says; the release has `kl_weight=1 / K`.
+    The release has `kl_weight=1 / K`.
 
     Args:
         student_clean: may be None at alpha = 1, where the clean images are not needed.
@@ -104,7 +99,8 @@ def ard(
         tensor([0.6082])
     """
     if student_clean is None and alpha == 1:
-        student_clean = student_adv  # a stand-in, weighed by 0
+        # A stand-in, weighed by 0.
+        student_clean = student_adv
     clean, adv, teacher = _logits(
         student_clean=student_clean,
         student_adv=student_adv,
@@ -131,7 +127,7 @@ def rslad(
 
     FERD's Eq. 11 turns the two weights around. The release has `kl_weight=1 / K`, ten times that on
     CIFAR-100, and 1e-5 added to the teacher's probabilities inside the logarithm, which nothing
-    here needs. Shapes, `kl_weight` and errors as the module says.
+    here needs.
 
     Args:
         adv_weight: w in [0, 1].
@@ -171,8 +167,7 @@ def iad(
       + (1 - \alpha) CE(S(x), y), \qquad A = p_T(y | \tilde x)^b$$
 
     The temperature is in the first divergence only: the second one, and A, are at 1. The paper multiplies
-    the first one by A, which is `weigh_teacher`. The student's own reference S(x) is trained too. Shapes,
-    `kl_weight` and errors as the module says.
+    the first one by A, which is `weigh_teacher`. The student's own reference S(x) is trained too.
 
     Args:
         student_clean: may be None without introspection at alpha = 1, where it is not needed.
@@ -229,7 +224,7 @@ def adaad(
     r"""AdaAD, $\alpha KL_\tau(T(\tilde x) \| S(\tilde x)) + (1 - \alpha) KL_\tau(T(x) \| S(x))$.
 
     There is no factor $\tau^2$; the release has $\tau = 1$, and `kl_weight=1 / K` on CIFAR-10, 1 on
-    CIFAR-100. Shapes, `kl_weight` and errors as the module says.
+    CIFAR-100.
 
     Args:
         student_clean, teacher_clean: may both be None at alpha = 1, where the clean images are not needed.
@@ -242,7 +237,8 @@ def adaad(
         tensor([0.1341])
     """
     if student_clean is None and teacher_clean is None and alpha == 1:
-        student_clean, teacher_clean = student_adv, teacher_adv  # stand-ins, weighed by 0
+        # Stand-ins, weighed by 0.
+        student_clean, teacher_clean = student_adv, teacher_adv
     clean, adv, teacher, teacher_on_adv = _logits(
         student_clean=student_clean,
         student_adv=student_adv,
@@ -271,8 +267,7 @@ def absld(
 
     Only the teacher is tempered, and there is no factor $\tau^2$. The release divides one storage in
     place by both temperatures, so that each of its terms has $\tau_{adv} \tau_{nat}$; here each has
-    its own, and the logits stay as they are. It has `kl_weight=1 / K`. Shapes, `kl_weight` and
-    errors as the module says.
+    its own, and the logits stay as they are. It has `kl_weight=1 / K`.
 
     Args:
         adv_temperature, clean_temperature: > 0, a number or one per sample `(N,)`: the class
@@ -291,6 +286,7 @@ def absld(
     _checks.real(0, kl_weight=kl_weight)
     t_adv = _checks.per_sample("adv_temperature", adv_temperature, adv, above_zero=True)
     t_nat = _checks.per_sample("clean_temperature", clean_temperature, adv, above_zero=True)
+    # Not in place: both terms would get both temperatures.
     adversarial, natural = kl(teacher / t_adv, adv), kl(teacher / t_nat, clean)
     return kl_weight * (adv_weight * adversarial + (1 - adv_weight) * natural)
 
@@ -308,7 +304,7 @@ def mtard(
     r"""MTARD's two teachers, $w \, KL(T_{adv}(\tilde x) \| S(\tilde x)) + (1 - w) KL(T_{nat}(x) \| S(x))$.
 
     Fair-MTARD's release has $T_{adv}(\tilde x)$ in both terms and never uses the natural teacher.
-    Shapes, `kl_weight` and errors as the module says; the release has `kl_weight=1 / K`.
+    The release has `kl_weight=1 / K`.
 
     Args:
         natural_clean: the natural teacher on the images.
@@ -351,7 +347,7 @@ def bat(
     $$CE(S(x_{lc}), y) + \beta \, KL(S(x) \| S(x_{fa})) + u \, [KL(S(x_{lc}) \| U) + KL(S(x_{fa}) \| U)]$$
 
     The gradient flows through both arguments of the first divergence. U is uniform; its divergences
-    are `confidence_penalty`. Shapes and errors as the module says.
+    are `confidence_penalty`.
 
     Args:
         student_last_correct: the student on $x_{lc}$, the attack's last iterate with the right label.
@@ -376,7 +372,8 @@ def bat(
 
 
 def _logits(**named: Tensor | None) -> list[Tensor]:
-    """Return logits of one shape in float32 or wider, the teachers' as constants; `targets` fit them."""
+    """Return logits of one shape in float32 or wider, the teachers' as constants; check `targets` too."""
+    # A parameter's name says whose logits it has.
     names = [name for name in named if name != "targets"]
     logits = _checks.logits(**{name: named[name] for name in names})
     if "targets" in named:

@@ -1,13 +1,8 @@
-"""The losses of FERD: BatchNorm statistics (Eq. 8), generator (Eq. 9), distillation (Eq. 11).
-
-The functions take float logits `(N, K)` of one shape and int64 labels `(N,)`. They raise TypeError for other
-dtypes, ValueError for other shapes, labels out of range and negative weights.
-"""
+"""The losses of FERD: BatchNorm statistics (Eq. 8), generator (Eq. 9), distillation (Eq. 11)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -66,8 +61,7 @@ class BatchNormStatistics:
         for name, layer in layers.items():
             if layer.running_mean is None:
                 raise InvalidValue(
-                    f"expected `model` to track running statistics, got layer {name!r} with "
-                    "track_running_stats=False"
+                    f"expected `model` to track running statistics, got none in {name!r}"
                 )
         self._model, self._layers, self._reduce = model, list(layers.values()), reduce
         self._seen: dict[nn.Module, Tensor] = {}
@@ -79,19 +73,16 @@ class BatchNormStatistics:
         self._handles += [layer.register_forward_pre_hook(self._compare) for layer in self._layers]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
     def _restart(self, module: nn.Module, inputs: Any) -> None:
+        # A layer that this forward does not reach must not keep the statistics of the last one.
         self._seen.clear()
 
     def _compare(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        # Half precision has too few digits for a variance around a large mean.
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
         variance, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
         if self._reduce is not None:
@@ -108,15 +99,15 @@ class BatchNormStatistics:
         """
         if not self._seen:
             raise InvalidState(
-                "expected a forward of the model inside the `with` block, got none that reached a "
-                "BatchNorm layer"
+                "expected a forward inside the `with` block, got none through a BatchNorm"
             )
         return torch.stack(list(self._seen.values())).sum()
 
 
 def _pooled(variance: Tensor, mean: Tensor, count: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean over all processes, from each one's own and their number of values."""
+    """Biased variance and mean over all processes, from this one's and its number of values."""
     n = mean.new_full((1,), float(count))
+    # One sum for both, since each is a message between processes.
     sums = reduce(torch.cat([n, n * mean]))
     common = sums[1:] / sums[0].detach()
     # Squares around the common mean: around 0, large means would cost the digits of the variance.
@@ -130,7 +121,7 @@ def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
 
     $$\mathbb 1[\arg\max z = \arg\max z_{ref}] \, KL(p_{ref} \| p)$$
 
-    The student's logits come first. In nats, `(N,)`. Errors as the module says.
+    The student's logits come first. In nats, `(N,)`. Errors as the package says.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -177,7 +168,7 @@ def ferd_generator_loss(
         The weighted total, and the four unweighted parts by name: `adversarial` (at most 0 for a
         KL), `batchnorm`, `onehot`, `uniformity`. All are scalars with their graph.
 
-    Raises: as the module says.
+    Raises: as the package says.
 
     Example:
         >>> z, y = torch.zeros(3, 2), torch.tensor([0, 1, 1])
@@ -195,6 +186,7 @@ def ferd_generator_loss(
     _checks.real(0, onehot_weight=onehot_weight, uniformity_weight=uniformity_weight)
     _checks.callable_(divergence=divergence)
     parts = {
+        # Minus, for the generator looks for images on which the student differs from its teacher.
         "adversarial": -divergence(student, teacher).mean(),
         "batchnorm": batchnorm_loss,
         "onehot": _kernels.cross_entropy(teacher, targets).mean(),
@@ -221,7 +213,7 @@ def ferd_distillation_loss(
     $$\lambda_1 KL(f^T(x) \| f^S(x)) + \lambda_2 KL(f^T(x) \| f^S(x_U))$$
 
     The paper and its release weigh the clean term by 5/6; RSLAD, where the numbers come from, gives
-    5/6 to the adversarial one. In nats, `(N,)`; take the mean for Eq. 11. Errors as the module says.
+    5/6 to the adversarial one. In nats, `(N,)`; take the mean for Eq. 11. Errors as the package says.
 
     Args:
         student_clean, student_adv: the student on the images and on their adversarial examples.
