@@ -76,6 +76,11 @@ def got(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def named(owner: object, *names: str) -> dict[str, Any]:
+    """Attributes by name, as the checks take them: ``positive(**named(self, "lr", "eps"))``."""
+    return {name: getattr(owner, name) for name in names}
+
+
 def real(low: float = -math.inf, high: float = math.inf, /, **named: Any) -> None:
     """Finite numbers in `[low, high]`."""
     for name, value in named.items():

@@ -245,5 +245,5 @@ def _check_plain(value: Any, place: str) -> None:
             _check_plain(inner, f"{place}[{number}]")
     elif kind not in PLAIN and kind not in TENSORS:
         raise InvalidType(
-            f"expected tensors and plain values, got {got(value)} as {place}; save its numbers instead"
+            f"expected `state` of tensors and plain values, got {got(value)} as {place}; save its numbers instead"
         )

@@ -109,10 +109,11 @@ class Ranks:
     def reseed(self, own: torch.Generator, shared: torch.Generator) -> None:
         """Seed this rank's own generator from one that is in the same state on all ranks.
 
-        A single process has one generator for both, which is left alone.
+        The shared one goes on as it would in a single process, which has one generator for both.
         """
         if self.size > 1:
-            seed = int(torch.randint(2**62, (), generator=shared, device=shared.device))
+            copy = shared.clone_state()
+            seed = int(torch.randint(2**62, (), generator=copy, device=copy.device))
             own.manual_seed(seed + self.rank)
 
     def parallel(self, model: nn.Module) -> nn.Module:

@@ -22,7 +22,8 @@ MODULES = [importlib.import_module(f"bad_input.{name}") for name in TABLES]
 
 # Patterns of public names without a row, and why.
 NO_ROWS = {
-    r"\w+\.AutoAttackResult": "a record",
+    r"\w+\.(AutoAttackResult|EpochStats)": "a record",
+    r"synthesis\.Inversion\.optimizer": "a function among the settings",
     r"augment\.Crops\.__getitem__": "torch's errors",
     r"attacks\.StepCounter\.see": "raises under the name of the attack that counts",
     r"models\.(SmallCNN|WideResNet|PreActResNet|MobileNetV2|FrozenModel)": "made by a function that checks",
@@ -42,6 +43,7 @@ FREE = {
     **dict.fromkeys(("fold_batchnorm", "channels_last", "compile", "flip", "remargin"), "a flag"),
     **dict.fromkeys(("xlabel", "ylabel", "weights_label", "accuracy_label"), "matplotlib's"),
     **dict.fromkeys(("step", "x_adv"), "not looked at"),
+    "ranks": "the processes, given by the trainer",
 }
 
 

@@ -16,7 +16,7 @@ from ferdlib import losses
 from ferdlib.models import wide_resnet
 from ferdlib.synthesis.inversion import adam
 from ferdlib.trainer import FERDConfig, FERDTrainer
-from ferdlib.trainer.parts import set_rates
+from ferdlib.trainer.build import set_rates
 
 CIFAR10 = {"num_classes": 10, "layer": "bn1"}
 SHORT = {"generator_steps": 1, "bottleneck_steps": 1, "margin_attack_steps": 1, "student_steps": 0}
@@ -140,10 +140,10 @@ def test_released_probabilities_cannot_exceed_4_to_1():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_margins_are_those_of_pgd_20_on_the_teacher(preset, monkeypatch):
-    import ferdlib.trainer.probabilities as probabilities
+    from ferdlib.trainer import class_probabilities
 
     calls = []
-    real = probabilities.pgd
+    real = class_probabilities.pgd
 
     def spied(model, x, y, **settings):
         calls.append((model, settings))
@@ -152,7 +152,7 @@ def test_margins_are_those_of_pgd_20_on_the_teacher(preset, monkeypatch):
     trainer = make_trainer(preset, margin_attack_steps=20, fold_batchnorm=False)
     trainer._batch = (torch.rand(2, 3, 32, 32), torch.arange(2))
     trainer.source.last_images = trainer._batch[0]
-    monkeypatch.setattr(probabilities, "pgd", spied)
+    monkeypatch.setattr(class_probabilities, "pgd", spied)
     trainer.update_class_probabilities()
     ((model, settings),) = calls
     assert model is trainer.teacher
@@ -161,6 +161,8 @@ def test_margins_are_those_of_pgd_20_on_the_teacher(preset, monkeypatch):
         "step_size": 2 / 255,
         "steps": 20,
     }
-    assert "random_start" not in settings  # pgd's own: uniform
+    start = settings["random_start"]  # uniform in the ball
+    assert 7.9 / 255 < float(start.abs().max()) <= 8 / 255
+    assert float(start.std()) == pytest.approx(8 / 255 / math.sqrt(3), rel=0.05)
     x_adv = real(model, trainer._batch[0], trainer._batch[1], steps=20)
     assert losses.margin(model(x_adv), trainer._batch[1]).shape == (2,)

@@ -34,7 +34,7 @@ def make_inversion(**changes: object) -> tuple[Inversion, nn.Module]:
         "generator": Generator((1, 8, 8), latent_dim=5, width=4),
         "latent_dim": 5,
         "batch_size": 6,
-        "steps": 4,
+        "generator_steps": 4,
         "bottleneck_steps": 30,
         "rng": seeded(),
     }
@@ -175,12 +175,13 @@ def test_pool_errors_leave_it_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("alone", "part"), [({"onehot_weight": 0.0}, "batchnorm"), ({"bn_weight": 0.0}, "onehot")]
+    ("alone", "part"),
+    [({"onehot_loss_weight": 0.0}, "batchnorm"), ({"bn_loss_weight": 0.0}, "onehot")],
 )
 def test_inversion_lowers_what_it_is_asked_to(alone, part):
-    settings = {"generator_lr": 0.01, "uniformity_weight": 0.0, "adv_weight": 0.0} | alone
-    short, student = make_inversion(steps=1, **settings)
-    long, _ = make_inversion(steps=150, **settings)
+    settings = {"generator_lr": 0.01, "uniformity_loss_weight": 0.0, "adv_loss_weight": 0.0} | alone
+    short, student = make_inversion(generator_steps=1, **settings)
+    long, _ = make_inversion(generator_steps=150, **settings)
     next(short.epoch(student, UNIFORM))
     next(long.epoch(student, UNIFORM))
     assert long.metrics[part] < 0.75 * short.metrics[part]
@@ -188,7 +189,7 @@ def test_inversion_lowers_what_it_is_asked_to(alone, part):
 
 def test_inversion_is_the_plain_algorithm():
     """The shared teacher pass against separate ones; a large rate, so that the last batch is not the best."""
-    source, student = make_inversion(steps=6, generator_lr=3.0, reset_generator=True)
+    source, student = make_inversion(generator_steps=6, generator_lr=3.0, reset_generator=True)
     x, y = next(source.epoch(student, UNIFORM))
 
     plain, student = make_inversion()
@@ -262,9 +263,9 @@ def test_inversion_uses_its_own_randomness_only():
         {"reset_generator": True},
         {"label_sampling": "stratified"},
         {"bn_models": "both"},
-        {"bn_weight": 0.0},
-        {"uniformity_weight": 0.0},
-        {"adv_weight": 0.0},
+        {"bn_loss_weight": 0.0},
+        {"uniformity_loss_weight": 0.0},
+        {"adv_loss_weight": 0.0},
         {"divergence": losses.masked_distillation},
         {"divergence": losses.decoupled_kl},
         {"mask_threshold": "sample"},
@@ -291,13 +292,13 @@ def test_nonrobust_fraction_is_reported():
     source, student = make_inversion()
     next(source.epoch(student, UNIFORM))
     assert 0 <= source.metrics["nonrobust_fraction"] <= 1
-    without, student = make_inversion(uniformity_weight=0.0)
+    without, student = make_inversion(uniformity_loss_weight=0.0)
     next(without.epoch(student, UNIFORM))
     assert torch.tensor(without.metrics["nonrobust_fraction"]).isnan()
 
 
 def test_a_diverged_inversion_says_so():
-    source, student = make_inversion(generator_lr=float("1e30"), steps=5)
+    source, student = make_inversion(generator_lr=float("1e30"), generator_steps=5)
     with pytest.raises(RuntimeError, match=r"^(Inversion\.epoch|noise_scale): expected a finite"):
         next(source.epoch(student, UNIFORM))
 

@@ -8,7 +8,7 @@ from tiny_ferd import SIZES, make_models
 from tiny_ferd import make_trainer as tiny_trainer
 
 from ferdlib.attacks import utae_pgd
-from ferdlib.methods import build_method
+from ferdlib.methods import FERDDistillation, build_method, rules
 from ferdlib.models import FrozenModel
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -77,6 +77,7 @@ def test_columns_belong_to_their_images(dtype):
         ("paper", {"random_start": "normal"}, {"logits"}),
         ("paper", {"attack_model": "student"}, {"logits"}),
         ("paper", {"augment": "crop"}, set()),
+        ("paper", {"rule": True}, {"logits"}),
         ("paper", {"attack": lambda student, x, y: x}, {"logits"}),
         ("paper", OFF, set()),
         ("released", {}, set()),
@@ -84,9 +85,15 @@ def test_columns_belong_to_their_images(dtype):
     ],
 )
 def test_what_is_kept(preset, changes, kept):
+    changes = dict(changes)
+    if changes.pop("rule", False):  # it watches the attack, so it must see every one
+        teacher, _ = make_models()
+        settings = {"attack_model": "teacher", "random_start": None, "rule": rules.LPS()}
+        changes["method"] = FERDDistillation(teacher=teacher, num_classes=3, **settings)
     trainer = make_trainer(preset, **changes)
     trainer.synthesize()
-    assert set(trainer.pool.state_dict()["columns"]) - {"images", "labels"} == kept
+    assert set(trainer.pool.columns) - {"images", "labels"} == kept
+    assert torch.isfinite(trainer.distill_step())
 
 
 def test_resuming_with_columns_equals_not_stopping():

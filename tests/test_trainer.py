@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from functools import partial
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from ferdlib import losses, reweight
 from ferdlib.attacks import pgd
-from ferdlib.methods import FERDDistillation, FrozenTeacher, Method, build_method
+from ferdlib.methods import FERDDistillation, Method, build_method
 from ferdlib.models import small_cnn
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -133,56 +132,6 @@ def test_same_seed_same_student_and_another_seed_another():
     assert not same(weights(first.student), weights(third.student))
 
 
-@pytest.mark.parametrize("preset", [FERDConfig, FERDConfig.paper, FERDConfig.released])
-def test_resuming_equals_not_stopping(preset):
-    straight = make_trainer(preset, epochs=5)
-    straight.fit()
-    stopped = make_trainer(preset, epochs=5)
-    loop = stopped.epochs()
-    next(loop)
-    next(loop)
-    state = stopped.state_dict()
-    next(loop)  # what happens after the copy was taken must not reach it
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    resumed = make_trainer(preset, epochs=5, seed=9)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.epoch == 2
-    resumed.fit()
-    assert same(weights(resumed.student), weights(straight.student))
-    assert torch.equal(resumed.class_probabilities, straight.class_probabilities)
-    assert len(resumed.pool) == len(straight.pool)
-
-
-def test_a_state_of_another_config_is_refused_and_nothing_is_loaded():
-    trainer, other = make_trainer(), make_trainer(gamma=0.1, eps=0.2)
-    trainer.fit()
-    before = weights(other.student)
-    with pytest.raises(ValueError, match=r"FERDTrainer.load_state_dict: .* eps, gamma$"):
-        other.load_state_dict(trainer.state_dict())
-    assert same(weights(other.student), before)
-    assert other.epoch == 0
-
-
-def test_a_state_of_another_student_is_refused_and_nothing_is_loaded():
-    trainer = make_trainer()
-    teacher, _ = make_models()
-    other = FERDTrainer(teacher, small_cnn(1, 3, width=3), config=trainer.config)
-    before = weights(other.student)
-    with pytest.raises(ValueError, match=r"^FERDTrainer.load_state_dict: .* student .*fc\.weight"):
-        other.load_state_dict(trainer.state_dict())
-    assert same(weights(other.student), before)
-
-
-@pytest.mark.parametrize("key", ["class_probabilities", "statistic"])
-def test_a_state_of_other_classes_is_refused(key):
-    trainer = make_trainer()
-    state = trainer.state_dict() | {key: torch.full((4,), 0.25)}
-    with pytest.raises(ValueError, match=rf"expected `{key}` of shape \(3,\), got \(4,\)"):
-        trainer.load_state_dict(state)
-
-
 def test_the_public_steps_are_the_epoch():
     by_hand, whole = (
         make_trainer(warmup_epochs=0, epochs=1),
@@ -232,7 +181,7 @@ def test_another_source_trains_after_each_of_its_batches():
         calls.append(len(x))
         return x
 
-    trainer = make_trainer(source=Recorder(3), attack=attack, epochs=2, warmup_epochs=1)
+    trainer = make_trainer(source=Recorder(3), attack=attack, epochs=2, warmup_epochs=1, layer=None)
     stats = trainer.fit()
     assert trainer.generator is None
     assert len(calls) == 3 * TINY["student_steps"]
@@ -240,12 +189,94 @@ def test_another_source_trains_after_each_of_its_batches():
     assert stats[-1].synthesis == {"note": 1.0}
 
 
+def test_synthesize_goes_on_with_the_epoch_of_the_source():
+    """And runs what comes after each of its batches, before the next one."""
+    done = []
+
+    class Two(Recorder):
+        def epoch(self, student, class_probabilities):
+            for k in range(2):
+                yield torch.full((6, 1, 8, 8), 0.1 * len(done)), torch.arange(6) % 3
+                done.append(k)
+
+    trainer = make_trainer(source=Two(2))
+    for expected in ([], [0], [0, 1], [0, 1, 0]):
+        x, _ = trainer.synthesize()
+        assert done == expected
+        assert float(x.max()) == pytest.approx(0.1 * len(expected))
+    assert len(trainer.pool) == 24
+
+
 def test_a_source_without_batches_is_named():
     trainer = make_trainer(source=Recorder(0))
-    with pytest.raises(RuntimeError, match="^FERDTrainer: expected `source` to yield a batch"):
-        trainer.fit()
-    with pytest.raises(RuntimeError, match="^FERDTrainer: expected `source` to yield a batch"):
-        trainer.synthesize()
+    for call, name in ((trainer.fit, "epochs"), (trainer.synthesize, "synthesize")):
+        with pytest.raises(RuntimeError, match=rf"^FERDTrainer.{name}: expected `source` to yield"):
+            call()
+
+
+def test_margins_of_the_last_images_are_read_from_any_source_that_has_them():
+    source = Recorder(1)
+    with pytest.raises(ValueError, match="^FERDTrainer: expected `source` with `last_images`"):
+        make_trainer(source=source, margin_images="last")
+    source.last_images = torch.rand(6, 1, 8, 8)
+    trainer = make_trainer(margin_images="last", source=source)
+    seen = []
+    trainer._probabilities.update = lambda p, x, y: seen.append(x) or p
+    trainer.fit()
+    assert all(x is source.last_images for x in seen)
+    assert len(seen) == 3
+
+
+class Plain:
+    """A method on labels, written by a user, with a module of its own."""
+
+    def __init__(self, calls):
+        self.calls, self.projection, self.rng = calls, nn.Linear(2, 2), None
+
+    def reference(self, x):
+        self.calls.append("reference")
+        return torch.ones(len(x), 3)
+
+    def attack(self, student, x, y, reference=None):
+        self.calls.append("attack")
+        assert torch.equal(reference, torch.ones(len(x), 3))
+        return x
+
+    def loss(self, student, x, x_adv, y, reference=None):
+        self.calls.append("loss")
+        assert student.training
+        assert torch.equal(reference, torch.ones(len(x), 3))
+        return losses.cross_entropy(student(x_adv), y)
+
+    def end_epoch(self):
+        self.calls.append("end")
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(("augment", "first"), [("crop", []), ("none", ["reference"])])
+def test_the_reference_of_another_method_travels_to_its_attack_and_loss(augment, first):
+    """Computed at each step, or once for the images of an epoch, also of the warm-up, when they are stored."""
+    calls = []
+    assert isinstance(Plain(calls), Method)
+    make_trainer(method=Plain(calls), epochs=2, warmup_epochs=1, augment=augment).fit()
+    step = ["reference"] * (augment == "crop") + ["attack", "loss"]
+    assert calls == [*first, *first, *step, *step, "end"]  # the warm-up is not the method's epoch
+
+
+def test_modules_and_generators_of_parts_are_the_trainers():
+    method, source = Plain([]), Recorder(1)
+    source.net, source.rng = nn.Linear(2, 2), torch.Generator()
+    own = source.rng
+    trainer = make_trainer(method=method, source=source, device="meta", fold_batchnorm=False)
+    for module in (trainer.student, trainer.teacher, method.projection, source.net):
+        assert next(module.parameters()).device.type == "meta"
+    assert type(method.rng) is torch.Generator
+    assert source.rng is own
 
 
 def test_concentrated_probabilities_are_warned_of(caplog):
@@ -253,53 +284,6 @@ def test_concentrated_probabilities_are_warned_of(caplog):
     trainer.synthesize()
     trainer.update_class_probabilities()
     assert "class 1 has probability 0.98" in caplog.text
-
-
-def test_frozen_teacher_computes_once_and_never_gives_stale_logits():
-    teacher, _ = make_models()
-    calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(1))
-    frozen, x = FrozenTeacher(teacher), torch.rand(2, 1, 8, 8)
-    first = frozen(x)
-    assert frozen(x) is first
-    assert len(calls) == 1
-    x.zero_()
-    assert not torch.equal(frozen(x), first)
-    with torch.inference_mode():
-        y = torch.rand(2, 1, 8, 8)
-        frozen(y)
-        frozen(y)
-    assert len(calls) == 4
-
-
-def test_another_method_is_called_in_order():
-    calls = []
-
-    class Plain:
-        def reference(self, x):
-            return None
-
-        def attack(self, student, x, y, reference=None):
-            calls.append("attack")
-            return x
-
-        def loss(self, student, x, x_adv, y, reference=None):
-            calls.append("loss")
-            assert student.training
-            return losses.cross_entropy(student(x_adv), y)
-
-        def end_epoch(self):
-            calls.append("end")
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
-
-    assert isinstance(Plain(), Method)
-    make_trainer(method=Plain(), epochs=2, warmup_epochs=1).fit()
-    assert calls == ["attack", "loss", "attack", "loss", "end"]  # the warm-up is not its epoch
 
 
 def test_rule_and_optimizers_can_be_replaced():
@@ -377,18 +361,21 @@ def test_wrong_parts_get_one_clear_sentence():
             lambda: FERDTrainer(teacher, small_cnn(1, 4, width=2), config=config),
         ),
     ]
-    for name, given, came in (
-        ("frl-ard", {}, "to be batches for the method ARD, got none"),
-        ("ard", {"validation": []}, "to be none for the method ARD, got some"),
+    for name, given, words in (
+        ("frl-ard", {}, "`validation` batches for ARD"),
+        ("ard", {"validation": []}, "no `validation` for ARD"),
     ):
         parts = {"method": build_method(name, 3, teacher=teacher), **given}
-        call = partial(FERDTrainer, teacher, student, config=config, **parts)
-        cases.append((ValueError, f"`validation` {came}", call))
+        cases.append(
+            (ValueError, words, partial(FERDTrainer, teacher, student, config=config, **parts))
+        )
     for kind, words, call in cases:
         with pytest.raises(kind, match=f"^FERDTrainer: expected .*{words}"):
             call()
     with pytest.raises(ValueError, match=r"^split_at: expected `layer_name` .* 'layer9'"):
-        FERDTrainer(teacher, student, config=FERDConfig(**(TINY | {"layer": "layer9"})))
+        make_trainer(layer="layer9")
+    with pytest.raises(ValueError, match=r"^FERDTrainer: expected `config.layer` .* got None"):
+        make_trainer(layer=None)
     plain = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )

@@ -43,7 +43,7 @@ def make_models() -> tuple[nn.Module, nn.Module]:
 
 
 def make_trainer(settings, preset=FERDConfig, seed=0, **changes) -> FERDTrainer:
-    """Of the models above; a change that is no field of the config is an argument of the trainer."""
+    """Train the models above; a change that is no field of the config is an argument of the trainer."""
     parts = {k: changes.pop(k) for k in list(changes) if k not in FERDConfig.__slots__}
     return FERDTrainer(*make_models(), config=preset(**(settings | changes)), seed=seed, **parts)
 

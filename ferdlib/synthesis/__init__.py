@@ -1,4 +1,4 @@
-"""Where training images come from when there is no data."""
+"""Sources of training images where there is no data."""
 
 from ferdlib.synthesis.generator import Generator
 from ferdlib.synthesis.inversion import Inversion

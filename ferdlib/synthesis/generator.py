@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, InvalidValue, got, public
 
 
 class Generator(nn.Module):
-    """Latent codes to images in [0, 1]: a linear layer, two nearest-neighbour doublings, a sigmoid.
+    """Map from latent codes to images in [0, 1]: a linear layer, two nearest-neighbour doublings, a sigmoid.
 
     Linear to 2w maps of H/4 x W/4 and BatchNorm; twice doubling, 3x3 convolution, BatchNorm and
     LeakyReLU(0.2); a 3x3 convolution to the image's channels. With `num_classes` a label embedding is
@@ -31,6 +32,7 @@ class Generator(nn.Module):
         torch.Size([5, 1, 8, 8])
     """
 
+    @public
     def __init__(
         self,
         image_shape: tuple[int, int, int],
@@ -41,27 +43,21 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(image_shape, (tuple, list)):
-            raise TypeError(
-                f"Generator: expected `image_shape` (C, H, W), got {_checks.got(image_shape)}"
-            )
+            raise InvalidType(f"expected `image_shape` (C, H, W), got {got(image_shape)}")
         if len(image_shape) != 3:
-            raise ValueError(
-                f"Generator: expected `image_shape` (C, H, W), got {_checks.got(image_shape)}"
-            )
-        channels, height, breadth = (
-            _checks.integer("Generator", "image_shape", side, low=1) for side in image_shape
-        )
+            raise InvalidValue(f"expected `image_shape` (C, H, W), got {got(image_shape)}")
+        channels, height, breadth = image_shape
+        for side in image_shape:
+            _checks.integer(1, image_shape=side)
         if height % 4 or breadth % 4:
-            raise ValueError(
-                f"Generator: expected `image_shape` with height and width divisible by 4, got "
-                f"{tuple(image_shape)}"
+            raise InvalidValue(
+                f"expected `image_shape` with height and width divisible by 4, got {tuple(image_shape)}"
             )
-        _checks.integer("Generator", "latent_dim", latent_dim, low=1)
-        _checks.integer("Generator", "width", width, low=1)
+        _checks.integer(1, latent_dim=latent_dim, width=width)
         self.latent_dim = latent_dim
         self.embedding: nn.Embedding | None = None
         if num_classes is not None:
-            _checks.integer("Generator", "num_classes", num_classes, low=2)
+            _checks.integer(2, num_classes=num_classes)
             self.embedding = nn.Embedding(num_classes, latent_dim)
         inputs = latent_dim if num_classes is None else 2 * latent_dim
         self.project = nn.Linear(inputs, 2 * width * (height // 4) * (breadth // 4))
@@ -80,31 +76,23 @@ class Generator(nn.Module):
             nn.Sigmoid(),
         )
 
+    @public
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images `(N, C, H, W)` in [0, 1] from codes `(N, latent_dim)` and, if conditional, labels."""
-        _checks.floating("Generator", "latents", latents)
+        """Make images `(N, C, H, W)` in [0, 1] of codes `(N, latent_dim)` and, if conditional, labels."""
+        _checks.floating(latents=latents)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
-            raise ValueError(
-                f"Generator: expected `latents` of shape (N, {self.latent_dim}), got "
-                f"{tuple(latents.shape)}"
+            raise InvalidValue(
+                f"expected `latents` of shape (N, {self.latent_dim}), got {tuple(latents.shape)}"
             )
         if self.embedding is not None:
             if labels is None:
-                raise ValueError(
-                    "Generator: expected `labels` for a conditional generator, got None"
-                )
-            _checks.labels(
-                "Generator",
-                labels,
-                length=len(latents),
-                num_classes=self.embedding.num_embeddings,
-                device=latents.device,
-                argument="labels",
-            )
+                raise InvalidValue("expected `labels` for a conditional generator, got None")
+            _checks.labels(labels=labels, num_classes=self.embedding.num_embeddings, like=latents)
             latents = torch.cat([latents, self.embedding(labels)], dim=1)
         images: Tensor = self.decode(self.project(latents))
         return images
 
+    @public
     @torch.no_grad()
     def reset(self, rng: torch.Generator | None = None) -> None:
         """Draw every parameter anew by the lineage's rule, and forget the running statistics.
@@ -112,7 +100,7 @@ class Generator(nn.Module):
         Linear and convolution weights N(0, 0.02), BatchNorm weights N(1, 0.02), biases 0, label
         embeddings N(0, 1); drawn on the generator's device, or on the parameters' without one.
         """
-        _checks.generator("Generator.reset", rng)
+        _checks.generator(rng)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 self._normal(module.weight, 0.0, 0.02, rng)

@@ -1,4 +1,4 @@
-"""Whether the numbers of a training step are finite, asked without making an accelerator wait."""
+"""Finite or not: asked of every training step, answered once, so that an accelerator never waits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class NonFiniteError(RuntimeError):
     """A loss, a gradient or logits became NaN or infinite.
 
     Attributes:
-        part: where: "generator", "margins" or "student".
+        part: "generator", "margins" or "student".
         step: the first such step of its epoch, counted from 1.
-        losses: what they were: of every step, or of the parts of the last one.
+        losses: values of every step, or the parts of the last one.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class NonFiniteError(RuntimeError):
 
 
 def is_finite(loss: Tensor, gradients: Iterable[Tensor | None]) -> Tensor:
-    """A boolean scalar on the loss's device, which nothing waits for until it is read.
+    """Boolean scalar on the loss's device; nothing waits for it until it is read.
 
     Logits that are not finite make their loss so. A gradient that is finite, but whose norm is too large
     for float32, counts as infinite.
@@ -35,6 +35,6 @@ def is_finite(loss: Tensor, gradients: Iterable[Tensor | None]) -> Tensor:
 
 
 def first_bad(healthy: Sequence[Tensor]) -> int | None:
-    """The number, from 1, of the first step that was not finite; the one place that waits."""
+    """Number, from 1, of the first step that was not finite; the one place that waits."""
     bad = (~torch.stack(list(healthy))).nonzero() if healthy else torch.empty(0)
     return int(bad[0]) + 1 if len(bad) else None

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ferdlib.checkpoints import Checkpoints
     from ferdlib.trainer.config import FERDConfig
-    from ferdlib.trainer.loop import FERDTrainer
-    from ferdlib.trainer.stats import EpochStats
+    from ferdlib.trainer.monitor import EpochStats
+    from ferdlib.trainer.trainer import FERDTrainer
 
 __all__ = ["Checkpoints", "EpochStats", "FERDConfig", "FERDTrainer"]
 
 _HOMES = {
     "Checkpoints": "ferdlib.checkpoints",
-    "EpochStats": "ferdlib.trainer.stats",
+    "EpochStats": "ferdlib.trainer.monitor",
     "FERDConfig": "ferdlib.trainer.config",
-    "FERDTrainer": "ferdlib.trainer.loop",
+    "FERDTrainer": "ferdlib.trainer.trainer",
 }
 
 

@@ -6,20 +6,12 @@ Needs no torch, so that a command line can build its options from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self, get_args
 
 from ferdlib import _arguments
 from ferdlib._arguments import InvalidValue, public
 
-Selection = Literal["batch", "sample", "last"]
-LabelSampling = Literal["multinomial", "stratified"]
-AdversarialLoss = Literal["kl", "masked_kl", "decoupled_kl"]
-BatchNormModels = Literal["teacher", "both"]
-Noise = Literal["channel", "element"]
-Reduction = Literal["mean", "sum"]
-Threshold = Literal["sample", "batch", "channel"]
-Schedule = Literal["cosine", "constant"]
-AttackModel = Literal["student", "teacher"]
 Reweighting = Literal[
     "none",
     "margin_softmax",
@@ -29,39 +21,6 @@ Reweighting = Literal[
     "lps_sigmoid",
     "lps_tanh",
 ]
-MarginLabels = Literal["sampled", "teacher"]
-MarginOn = Literal["logits", "probabilities"]
-MarginImages = Literal["stored", "last"]
-AbsentClasses = Literal["previous", "neutral", "zero"]
-Augment = Literal["crop_flip", "crop", "none"]
-PoolDtype = Literal["float32", "uint8"]
-CachedLogits = Literal["images", "none"]
-CachedExamples = Literal["exact", "none"]
-Precision = Literal["float32", "bfloat16"]
-
-# The options of each field that takes one of several names.
-_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "selection": get_args(Selection),
-    "label_sampling": get_args(LabelSampling),
-    "adversarial_loss": get_args(AdversarialLoss),
-    "bn_models": get_args(BatchNormModels),
-    "bottleneck_noise": get_args(Noise),
-    "bottleneck_reduction": get_args(Reduction),
-    "mask_threshold": get_args(Threshold),
-    "schedule": get_args(Schedule),
-    "attack_model": get_args(AttackModel),
-    "random_start": ("uniform", "normal", None),
-    "reweighting": get_args(Reweighting),
-    "margin_labels": get_args(MarginLabels),
-    "margin_on": get_args(MarginOn),
-    "margin_images": get_args(MarginImages),
-    "absent_classes": get_args(AbsentClasses),
-    "augment": get_args(Augment),
-    "pool_dtype": get_args(PoolDtype),
-    "cache_teacher_logits": get_args(CachedLogits),
-    "cache_teacher_utae": get_args(CachedExamples),
-    "precision": get_args(Precision),
-}
 
 # A preset writes out every field that is tuned among the defaults, so that it does not move with them.
 PAPER: dict[str, Any] = {
@@ -163,9 +122,9 @@ class FERDConfig:
     """Start each epoch from fresh generator weights. Paper: initialised once, Algorithm 1; release: True."""
     conditional_generator: bool = False
     """Feed the labels to the generator. Paper: g(z, y) in Algorithm 1; the release's is g(z)."""
-    selection: Selection = "batch"
+    selection: Literal["batch", "sample", "last"] = "batch"
     """The images of an epoch that are stored, see `synthesis.Inversion`. Paper: select, undefined."""
-    label_sampling: LabelSampling = "multinomial"
+    label_sampling: Literal["multinomial", "stratified"] = "multinomial"
     """Method of drawing labels from p. Paper: y ~ p."""
 
     adv_loss_weight: float = 1.0
@@ -176,11 +135,11 @@ class FERDConfig:
     """Weight of L_oh. Paper: lambda_oh, Eq. 9."""
     uniformity_loss_weight: float = 0.0
     """Weight of L_uni; 0 is no fairness-aware examples. Paper and release: lambda_uni = 5, Eq. 9."""
-    adversarial_loss: AdversarialLoss = "kl"
+    adversarial_loss: Literal["kl", "masked_kl", "decoupled_kl"] = "kl"
     """Divergence of student and teacher that L_adv grows. Paper: KL(f^T, f^S), Eq. 8; release: decoupled KL."""
     adversarial_warmup: bool = True
     """Let L_adv count in warm-up, against an untrained student. Release: yes; Fast: no."""
-    bn_models: BatchNormModels = "teacher"
+    bn_models: Literal["teacher", "both"] = "teacher"
     """Models whose BatchNorm statistics L_bn reads. Paper: teacher and student; release: teacher."""
 
     bottleneck_beta: float = 0.3
@@ -189,11 +148,11 @@ class FERDConfig:
     """Adam steps on the noise scales. Not in the paper; Kim et al.: 200."""
     bottleneck_lr: float = 0.1
     """Adam's rate for them. Not in the paper."""
-    bottleneck_noise: Noise = "channel"
+    bottleneck_noise: Literal["channel", "element"] = "channel"
     """One noise draw per channel or per element. Paper: epsilon ~ N(0, I), Eq. 4."""
-    bottleneck_reduction: Reduction = "mean"
+    bottleneck_reduction: Literal["mean", "sum"] = "mean"
     """The regulariser over channels. Paper: the sum, Eq. 5; release: half the mean."""
-    mask_threshold: Threshold = "channel"
+    mask_threshold: Literal["sample", "batch", "channel"] = "channel"
     """The limit of Eq. 6, see `bottleneck.nonrobust_channels`. Paper: sample; release: batch."""
 
     student_steps: int = 400
@@ -204,7 +163,7 @@ class FERDConfig:
     """SGD's momentum. Paper: section 5.1."""
     weight_decay: float = 5e-4
     """SGD's weight decay. Paper: section 5.1."""
-    schedule: Schedule = "cosine"
+    schedule: Literal["cosine", "constant"] = "cosine"
     """The student's rate over epochs; cosine ends at 0. Paper: only "initial value"; release: cosine."""
     schedule_warmup: bool = True
     """Let the cosine run through the warm-up epochs too. Release: yes; Fast: no."""
@@ -213,7 +172,7 @@ class FERDConfig:
     adv_weight: float = 1 / 6
     """Weight of the adversarial term. Paper: lambda_2, Eq. 11; RSLAD's is 5/6."""
 
-    attack_model: AttackModel = "student"
+    attack_model: Literal["student", "teacher"] = "student"
     """Model that is attacked for the student's examples. Paper: f^T, Eq. 10; release: the student."""
     gamma: float = 0.5
     """Weight of the uniform target. Paper: gamma, Eq. 10; the release computes 0."""
@@ -233,20 +192,20 @@ class FERDConfig:
     """Temperature of margin_softmax. Paper: none."""
     class_floor: float | None = None
     """Least probability of a class under margin_softmax; None is 0.5 / K. Paper: 0."""
-    margin_labels: MarginLabels = "teacher"
+    margin_labels: Literal["sampled", "teacher"] = "teacher"
     """Label of the margin: the one that was drawn, or the class that the teacher sees. Paper: y_i."""
-    margin_on: MarginOn = "logits"
+    margin_on: Literal["logits", "probabilities"] = "logits"
     """Scale of the margin, which Eq. 1 calls confidence. Release: logits."""
-    margin_images: MarginImages = "stored"
+    margin_images: Literal["stored", "last"] = "stored"
     """The stored batch, or the last augmented iterate (release)."""
     margin_attack_steps: int = 20
     """Steps of the PGD attack on the teacher, from a uniform start. Paper: PGD-20, section 4.2."""
     margin_ema: float = 0.9
     """Share of the last epoch's class statistic that is kept. Paper: none, so p follows a single batch."""
-    absent_classes: AbsentClasses = "previous"
+    absent_classes: Literal["previous", "neutral", "zero"] = "previous"
     """A class without samples keeps its last statistic, takes the mean of the others, or 0 (release)."""
 
-    augment: Augment = "crop_flip"
+    augment: Literal["crop_flip", "crop", "none"] = "crop_flip"
     """Augmentation of the student's batches. Not in the paper; release: crop and flip."""
     augment_synthesis: bool = True
     """The same augmentation before the generator's losses. Not in the paper; release: yes."""
@@ -254,59 +213,62 @@ class FERDConfig:
     """Zeros around an image before it is cropped, in pixels. Release: 4."""
     pool_capacity: int | None = None
     """Most images to keep; None keeps all. Paper: D grows."""
-    pool_dtype: PoolDtype = "float32"
+    pool_dtype: Literal["float32", "uint8"] = "float32"
     """Type of the images in memory; uint8 rounds to 1/255. Release: float32."""
-    cache_teacher_logits: CachedLogits = "images"
+    cache_teacher_logits: Literal["images", "none"] = "images"
     """Compute the teacher's logits once per stored "images", where nothing augments them. Paper: every time."""
-    cache_teacher_utae: CachedExamples = "exact"
+    cache_teacher_utae: Literal["exact", "none"] = "exact"
     """Attack the teacher once per stored image, where that is exact: no augmentation, no random start.
     Paper: every time."""
     fold_batchnorm: bool = True
     """Attack copies of teacher and student with BatchNorm folded; logits differ by about 1e-6. Paper: no."""
-    precision: Precision = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the models under autocast; losses stay in float32. Release: float32."""
 
     @public
     def __post_init__(self) -> None:
+        named = partial(_arguments.named, self)
+        choice = _arguments.choice
         _arguments.integer(2, num_classes=self.num_classes)
-        _arguments.integer(
-            1,
-            **self._named("epochs", "batch_size", "generator_steps", "generator_width"),
-            **self._named("latent_dim", "margin_attack_steps"),
-        )
-        _arguments.integer(
-            0,
-            **self._named("warmup_epochs", "bottleneck_steps", "student_steps", "attack_steps"),
-            crop_padding=self.crop_padding,
-        )
-        _arguments.positive(
-            **self._named("generator_lr", "latent_lr", "bottleneck_lr", "student_lr"),
-            reweight_temperature=self.reweight_temperature,
-        )
-        _arguments.real(
-            0,
-            **self._named("adv_loss_weight", "bn_loss_weight", "onehot_loss_weight"),
-            **self._named("uniformity_loss_weight", "clean_weight", "adv_weight"),
-            **self._named("bottleneck_beta", "weight_decay", "gamma", "eps", "step_size"),
-        )
-        _arguments.real(0, 1, momentum=self.momentum, margin_ema=self.margin_ema)
-        _arguments.instance(
-            bool,
-            **self._named("optimise_latents", "reset_generator", "conditional_generator"),
-            **self._named("adversarial_warmup", "schedule_warmup", "augment_synthesis"),
-            fold_batchnorm=self.fold_batchnorm,
-        )
-        for name, options in _OPTIONS.items():
-            _arguments.choice(options, **self._named(name))
+        _arguments.integer(1, **named("epochs", "batch_size", "generator_steps", "generator_width"))
+        _arguments.integer(1, **named("latent_dim", "margin_attack_steps"))
+        _arguments.integer(0, **named("warmup_epochs", "bottleneck_steps", "student_steps"))
+        _arguments.integer(0, **named("attack_steps", "crop_padding"))
+        _arguments.positive(**named("generator_lr", "latent_lr", "bottleneck_lr", "student_lr"))
+        _arguments.positive(reweight_temperature=self.reweight_temperature)
+        _arguments.real(0, **named("adv_loss_weight", "bn_loss_weight", "onehot_loss_weight"))
+        _arguments.real(0, **named("uniformity_loss_weight", "clean_weight", "adv_weight"))
+        _arguments.real(0, **named("bottleneck_beta", "weight_decay", "gamma", "eps", "step_size"))
+        _arguments.real(0, 1, **named("momentum", "margin_ema"))
+        _arguments.instance(bool, **named("optimise_latents", "reset_generator", "fold_batchnorm"))
+        _arguments.instance(bool, **named("conditional_generator", "adversarial_warmup"))
+        _arguments.instance(bool, **named("schedule_warmup", "augment_synthesis"))
+        choice(("batch", "sample", "last"), selection=self.selection)
+        choice(("multinomial", "stratified"), label_sampling=self.label_sampling)
+        choice(("kl", "masked_kl", "decoupled_kl"), adversarial_loss=self.adversarial_loss)
+        choice(("teacher", "both"), bn_models=self.bn_models)
+        choice(("channel", "element"), bottleneck_noise=self.bottleneck_noise)
+        choice(("mean", "sum"), bottleneck_reduction=self.bottleneck_reduction)
+        choice(("sample", "batch", "channel"), mask_threshold=self.mask_threshold)
+        choice(("cosine", "constant"), schedule=self.schedule)
+        choice(("student", "teacher"), attack_model=self.attack_model)
+        choice(("uniform", "normal", None), random_start=self.random_start)
+        choice(get_args(Reweighting), reweighting=self.reweighting)
+        choice(("sampled", "teacher"), margin_labels=self.margin_labels)
+        choice(("logits", "probabilities"), margin_on=self.margin_on)
+        choice(("stored", "last"), margin_images=self.margin_images)
+        choice(("previous", "neutral", "zero"), absent_classes=self.absent_classes)
+        choice(("crop_flip", "crop", "none"), augment=self.augment)
+        choice(("float32", "uint8"), pool_dtype=self.pool_dtype)
+        choice(("images", "none"), cache_teacher_logits=self.cache_teacher_logits)
+        choice(("exact", "none"), cache_teacher_utae=self.cache_teacher_utae)
+        choice(("float32", "bfloat16"), precision=self.precision)
         if self.layer is not None:
             _arguments.instance(str, layer=self.layer)
         if self.pool_capacity is not None:
             _arguments.integer(1, pool_capacity=self.pool_capacity)
         self._check_shape()
         self._check_together()
-
-    def _named(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
 
     def _check_shape(self) -> None:
         shape = self.image_shape

@@ -1,0 +1,291 @@
+"""Parts of the trainer from a config, and checks of the parts and states that a user hands over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ferdlib import _checks, losses, reweight
+from ferdlib._checks import InvalidType, InvalidValue, got
+from ferdlib._modes import borrowed
+from ferdlib.augment import Crops
+from ferdlib.bottleneck import split_at
+from ferdlib.distributed import Ranks
+from ferdlib.methods import FERDDistillation, Method
+from ferdlib.methods.rules import Uniform
+from ferdlib.synthesis import Generator, ImagePool, Inversion, Source
+from ferdlib.synthesis.inversion import OptimizerFactory
+from ferdlib.trainer.class_probabilities import Rule
+from ferdlib.trainer.config import FERDConfig
+
+Augmentation = Callable[[Tensor], Tensor]
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": losses.distillation,
+    "masked_kl": losses.masked_distillation,
+    "decoupled_kl": losses.decoupled_kl,
+}
+STATE = (
+    *("config", "epoch", "student", "student_optimizer", "source", "method", "pool", "rng"),
+    *("class_probabilities", "statistic", "largest_diversity"),
+)
+
+
+def shared_settings(config: FERDConfig, kind: type) -> dict[str, Any]:
+    """Settings of the config for the fields that a part has by the same name."""
+    names = FERDConfig.__dataclass_fields__
+    return {f.name: getattr(config, f.name) for f in fields(kind) if f.name in names}
+
+
+def inversion(
+    config: FERDConfig,
+    teacher: nn.Module,
+    generator: nn.Module,
+    optimizer: OptimizerFactory,
+    rng: torch.Generator,
+    own: torch.Generator,
+    ranks: Ranks,
+) -> Inversion:
+    """Build FERD's source; `rng` is in the same state on all processes, `own` is each one's."""
+    if config.layer is None:
+        raise InvalidValue("expected `config.layer` for FERD's source, got None")
+    features, head = split_at(teacher, config.layer)
+    settings = shared_settings(config, Inversion) | {
+        "augment": augmentation(config, rng, ranks) if config.augment_synthesis else None,
+        "precision": partial(precision, config, next(teacher.parameters()).device),
+    }
+    return Inversion(
+        **settings,
+        teacher=teacher,
+        features=features,
+        head=head,
+        generator=generator,
+        adversarial_from=0 if config.adversarial_warmup else config.warmup_epochs,
+        divergence=DIVERGENCES[config.adversarial_loss],
+        optimizer=optimizer,
+        rng=rng,
+        noise_rng=own,
+        ranks=ranks,
+    )
+
+
+def distillation(config: FERDConfig, teacher: nn.Module, rng: torch.Generator) -> FERDDistillation:
+    """Build FERD's method: the attack of Eq. 10 and the loss of Eq. 11."""
+    settings = shared_settings(config, FERDDistillation)
+    return FERDDistillation(**settings, teacher=teacher, steps=config.attack_steps, rng=rng)
+
+
+def keeps_examples(config: FERDConfig, method: Method) -> bool:
+    """True if the method's examples of a stored image are the same at every step, and shall be kept."""
+    return (
+        config.cache_teacher_utae == "exact"
+        and config.augment == "none"
+        and isinstance(method, FERDDistillation)
+        and method.attack_model == "teacher"
+        and method.random_start is None
+        # Another rule watches the attack, or changes its radius from epoch to epoch.
+        and isinstance(method.rule, Uniform)
+    )
+
+
+def fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generator) -> nn.Module:
+    """Build a generator whose weights come from `rng` alone: torch's initialisers read the global state."""
+    with torch.device("meta"):
+        generator = Generator(
+            config.image_shape,
+            latent_dim=config.latent_dim,
+            width=config.generator_width,
+            num_classes=config.num_classes if config.conditional_generator else None,
+        )
+    generator.to_empty(device=device)
+    generator.reset(rng)
+    return generator
+
+
+def pool(config: FERDConfig, ranks: Ranks) -> ImagePool:
+    """Build the pool of this process's share of the images."""
+    capacity = config.pool_capacity
+    if capacity is not None:
+        capacity = ranks.share("config.pool_capacity", capacity)
+    return ImagePool(capacity, getattr(torch, config.pool_dtype))
+
+
+def augmentation(config: FERDConfig, rng: torch.Generator, ranks: Ranks) -> Augmentation | None:
+    """Build the augmentation of a batch, drawn for the global one; None if there is none."""
+    if config.augment == "none":
+        return None
+    settings: dict[str, Any] = {"padding": config.crop_padding, "rng": rng}
+    settings["flip"] = config.augment == "crop_flip"
+
+    def augment(x: Tensor) -> Tensor:
+        drawn = Crops.draw(len(x) * ranks.size, device=x.device, **settings)
+        part: dict[str, Any] = {
+            name: ranks.part(getattr(drawn, name)) for name in ("top", "left", "mirrored")
+        }
+        return replace(drawn, **part)(x)
+
+    return augment
+
+
+def rule(config: FERDConfig) -> Rule | None:
+    """Map from class statistics to probabilities, up to normalisation."""
+    steps = config.margin_attack_steps
+    floor = 0.5 / config.num_classes if config.class_floor is None else config.class_floor
+    temperature = config.reweight_temperature
+    rules: dict[str, Rule | None] = {
+        "none": None,
+        "margin_softmax": partial(reweight.margin_softmax, temperature=temperature, floor=floor),
+        "margin_minmax": reweight.margin_minmax,
+        "lps_power": reweight.lps_power,
+        "lps_linear": partial(reweight.lps_linear, steps=steps),
+        "lps_sigmoid": partial(reweight.lps_sigmoid, steps=steps),
+        "lps_tanh": partial(reweight.lps_tanh, steps=steps),
+    }
+    return rules[config.reweighting]
+
+
+def sgd(config: FERDConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the student's optimizer."""
+    return torch.optim.SGD(
+        parameters,
+        lr=config.student_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, initial: list[float], config: FERDConfig, epoch: int
+) -> None:
+    """Set the groups' rates of an epoch: a cosine from their `initial` ones to 0."""
+    if config.schedule == "constant":
+        # The rates are the caller's business.
+        return
+    start = 0 if config.schedule_warmup else config.warmup_epochs
+    done = max(0, epoch - start) / (config.epochs - start)
+    for group, rate in zip(optimizer.param_groups, initial, strict=True):
+        group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def precision(config: FERDConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Make a fresh context for forwards."""
+    if config.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def adopt(part: object, device: torch.device, rng: torch.Generator) -> None:
+    """Move the modules of a source or method to the device, and give it a generator if it has none."""
+    for value in getattr(part, "__dict__", {}).values():
+        if isinstance(value, nn.Module):
+            value.to(device)
+    if getattr(part, "rng", rng) is None:
+        part.rng = rng  # type: ignore[attr-defined]
+
+
+def random_generators(
+    rng: torch.Generator, *given: torch.Generator, **parts: object
+) -> dict[str, torch.Generator]:
+    """Return the trainer's generator, and those of parts that have one of their own."""
+    found = {"trainer": rng}
+    for name, part in parts.items():
+        own = getattr(part, "rng", None)
+        if isinstance(own, torch.Generator) and not any(own is each for each in (rng, *given)):
+            found[name] = own
+    return found
+
+
+def check_models(teacher: Any, student: Any, config: Any) -> None:
+    """Refuse models or a config of another type, and models that share weights."""
+    _checks.module(teacher=teacher, student=student)
+    _checks.instance(FERDConfig, config=config)
+    if not {id(p) for p in teacher.parameters()}.isdisjoint(id(p) for p in student.parameters()):
+        raise InvalidValue(
+            "expected `teacher` and `student` without common parameters, got models that share some; the "
+            "student is trained in place, so copy it first"
+        )
+
+
+def check_parts(**given: Any) -> None:
+    """Refuse a replaced part, where one is given, that the trainer cannot use."""
+    given = {name: part for name, part in given.items() if part is not None}
+    if "generator" in given:
+        _checks.module(generator=given.pop("generator"))
+    for name, kind in (("source", Source), ("method", Method)):
+        part = given.pop(name, None)
+        if part is not None and not isinstance(part, kind):
+            raise InvalidType(
+                f"expected `{name}` with the methods of a {kind.__name__}, got {got(part)}"
+            )
+    _checks.callable_(**given)
+
+
+def check_together(config: FERDConfig, source: Source, method: Method, validation: object) -> None:
+    """Refuse a source or a method that lacks what the config or the caller asks of it."""
+    if config.margin_images == "last" and not hasattr(source, "last_images"):
+        raise InvalidValue(
+            f"expected `source` with `last_images` for margin_images='last', got {got(source)}"
+        )
+    name, wanted = type(method).__name__, getattr(method, "needs_validation", False)
+    if wanted and validation is None:
+        raise InvalidValue(
+            f"expected `validation` batches for {name}, which learns from them, got None"
+        )
+    if not wanted and validation is not None:
+        raise InvalidValue(f"expected no `validation` for {name}, which does not use it, got one")
+
+
+def check_logits(
+    teacher: nn.Module, student: nn.Module, config: FERDConfig, device: torch.device
+) -> None:
+    """Refuse models whose logits do not fit the config."""
+    image = torch.zeros(1, *config.image_shape, device=device)
+    with torch.no_grad(), borrowed(teacher, student):
+        for name, model in (("teacher", teacher), ("student", student)):
+            logits = model(image)
+            if not isinstance(logits, Tensor) or logits.shape != (1, config.num_classes):
+                raise InvalidValue(
+                    f"expected `{name}` to return logits of shape (N, {config.num_classes}), got "
+                    f"{got(logits)} for one image"
+                )
+
+
+def check_state(
+    state: Any, config: dict[str, Any], student: nn.Module, rngs: dict[str, torch.Generator]
+) -> None:
+    """Refuse a state of another trainer before anything of it is loaded."""
+    if not isinstance(state, dict) or state.keys() != set(STATE):
+        raise InvalidValue("expected `state` as `state_dict` returned it, got something else")
+    saved = state["config"]
+    differing = sorted(k for k in config.keys() | saved.keys() if saved.get(k) != config.get(k))
+    if differing:
+        raise InvalidValue(
+            f"expected a state of the same config, got other values for {', '.join(differing)}"
+        )
+    # torch loads what fits before it complains of what does not.
+    theirs, ours = (
+        {key: tuple(value.shape) for key, value in weights.items()}
+        for weights in (state["student"], student.state_dict())
+    )
+    if theirs != ours:
+        raise InvalidValue(
+            f"expected a state of the same student architecture, got other names or shapes for "
+            f"{', '.join(sorted(dict(theirs.items() ^ ours.items())))}"
+        )
+    for key in ("class_probabilities", "statistic"):
+        if tuple(state[key].shape) != (config["num_classes"],):
+            raise InvalidValue(
+                f"expected `{key}` of shape ({config['num_classes']},), got {tuple(state[key].shape)}"
+            )
+    if state["rng"].keys() != rngs.keys():
+        raise InvalidValue(
+            f"expected random generators of {', '.join(rngs)}, got those of {', '.join(state['rng'])}; give "
+            f"method and source an `rng` of their own or none, as before"
+        )
