@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ferdlib._ranks import Rng, Shard
-
 
 def got(value: Any) -> str:
     """What came, in a few words: a tensor by dtype and shape, anything else by type and value."""
@@ -358,8 +356,8 @@ def per_sample(
     return value.detach().to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def generator(function: str, value: Any) -> Rng:
-    if value is not None and not isinstance(value, (torch.Generator, Shard)):
+def generator(function: str, value: Any) -> torch.Generator | None:
+    if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
             f"{function}: expected `rng` to be a torch.Generator or None, got {got(value)}"
         )

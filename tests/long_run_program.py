@@ -7,7 +7,6 @@ import torch
 from tiny_ferd import SIZES, make_trainer
 
 from ferdlib.trainer import Checkpoints
-from long_run import Stop, found, saved
 
 TINY = SIZES | {"warmup_epochs": 1, "generator_steps": 2, "bottleneck_steps": 2, "student_steps": 4}
 
@@ -16,22 +15,12 @@ def main(folder: Path, epochs: int) -> None:
     torch.set_num_threads(1)
     trainer = make_trainer(TINY, epochs=epochs)
     checkpoints = Checkpoints(folder / "checkpoints")
-    state = found(checkpoints, "auto", {"trainer"})
-    if state is not None:
-        trainer.load_state_dict(state["trainer"])
+    if latest := checkpoints.latest():
+        trainer.load_state_dict(latest[1])
     print("begins after", trainer.epoch, flush=True)
-    with Stop() as stop:
-        for stats in saved(
-            trainer,
-            lambda stop: trainer.epochs(stop=stop),
-            lambda: {"trainer": trainer.state_dict()},
-            checkpoints=checkpoints,
-            every=1,
-            stop=stop,
-        ):
-            print("epoch", stats.epoch, flush=True)
-    if trainer.epoch < epochs:
-        stop.leave(f"after epoch {trainer.epoch}")
+    for stats in trainer.epochs():
+        checkpoints.save(trainer.state_dict(), trainer.epoch)
+        print("epoch", stats.epoch, flush=True)
     torch.save(trainer.student.state_dict(), folder / "student.pt")
 
 

@@ -1,6 +1,6 @@
 """A program that trains, saves, reads, attacks and evaluates again and again, and watches what it holds.
 
-    python -m tests.soak --minutes 60
+    python -m tests.benchmarks.soak --minutes 60
 
 Memory that grows by a little each time ends a run of days. After each cycle the resident memory, the live tensors,
 the open files and the threads are written down; the first quarter, in which caches fill, does not count. Nothing
@@ -31,7 +31,7 @@ from ferdlib.evaluation import RobustnessReport, evaluate
 from ferdlib.methods import build_method
 from ferdlib.trainer import Checkpoints, FERDConfig, FERDTrainer
 
-from .tiny_ferd import SIZES, make_models
+from ..tiny_ferd import SIZES, make_models
 
 PRESETS = (FERDConfig, FERDConfig.paper, FERDConfig.released)
 SETTINGS = SIZES | {

@@ -1,6 +1,6 @@
 """A program that kills the quickstart at random moments, lets it go on, and compares what came of it.
 
-    python -m tests.kills --kills 50 --out kills
+    python -m tests.benchmarks.kills --kills 50 --out kills
 
 A kill is as likely at any moment as at any other: while modules load, the teacher is trained, a checkpoint is
 written, the student is distilled, or both are attacked. Run after run is begun, each with the next seed, until
@@ -25,7 +25,7 @@ import tyro
 from ferdlib.evaluation import RobustnessReport
 from ferdlib.trainer import Checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart.py"
 
 
