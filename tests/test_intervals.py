@@ -9,16 +9,18 @@ import torch
 from scipy import stats
 
 from ferdlib import metrics
-from ferdlib.evaluation import intervals, paired
-from ferdlib.evaluation.intervals import (
+from ferdlib import stats as intervals
+from ferdlib.stats import (
     average_interval,
+    holm,
+    mcnemar,
     nsd_interval,
+    paired_permutation,
     simultaneous_interval,
     wilson_interval,
     worst_class_interval,
     worst_fraction_interval,
 )
-from ferdlib.evaluation.paired import holm, mcnemar, paired_permutation
 
 nan = math.nan
 FIGURES = {
@@ -360,7 +362,7 @@ def test_the_difference_is_that_of_the_metric(figure):
 def test_figures_of_many_draws_equal_the_metrics(figure, classes):
     acc = torch.rand(20, classes, generator=torch.Generator().manual_seed(0)).double()
     expected = torch.stack([getattr(metrics, figure)(row) for row in acc])
-    close(paired._figures(figure, acc), expected)
+    close(intervals._drawn(figure, acc), expected)
 
 
 @every_figure
@@ -432,7 +434,7 @@ COUNTS = {  # of every interval
     "none": ((x, n), {"confidence": 0.0}, ValueError, "`confidence`"),
     "text": ((x, n), {"confidence": "95%"}, TypeError, "`confidence`"),
 }
-EACH = dict.fromkeys(intervals.__all__, COUNTS)
+EACH = dict.fromkeys(("wilson_interval", "simultaneous_interval"), COUNTS)
 FIGURE = COUNTS | {"one class": ((x[:1], n[:1]), {}, ValueError, "K >= 2")}
 BOOTSTRAP = FIGURE | {
     "draws": ((x, n), {"draws": 0}, ValueError, "`draws`"),
@@ -487,10 +489,10 @@ def test_errors_name_the_function_and_the_argument(name, case):
     if name == "paired_permutation":
         keywords = {"figure": "average"} | keywords
     with pytest.raises(error) as caught:
-        getattr(intervals if name in intervals.__all__ else paired, name)(*arguments, **keywords)
+        getattr(intervals, name)(*arguments, **keywords)
     assert str(caught.value).startswith(f"{name}: ")
     assert part in str(caught.value)
 
 
 def test_every_public_function_has_an_error_test():
-    assert set(EACH) == {*intervals.__all__, *paired.__all__}
+    assert set(EACH) == {*intervals.__all__}
