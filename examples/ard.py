@@ -39,7 +39,8 @@ from ard_setup import (
     state_of,
 )
 from ferdlib.augment import crop_flip
-from ferdlib.evaluation import PROTOCOLS, AttackResult, Protocol, evaluate, gather, share
+from ferdlib.distributed import gather, share
+from ferdlib.evaluation import PROTOCOLS, AttackResult, Protocol, evaluate, merge
 from ferdlib.methods import METHODS
 from files import write_model
 from image_data import AUGMENTATIONS, Images, Source
@@ -200,7 +201,8 @@ def keep_best(run: Run, held_out: Images) -> AttackResult:
 def robustness(model: nn.Module, images: Images, args: Args) -> AttackResult:
     """Under PGD-10; plain accuracy for a natural teacher, which is trained at radius 0."""
     quick = protocol("quick", args).without("FGSM")
-    report = gather(evaluate(model, share(images), quick, num_classes=len(images.class_names)))
+    found = evaluate(model, share(images), quick, num_classes=len(images.class_names))
+    report = merge(gather(found))
     return report["clean" if args.eps == 0 else "PGD-10"]
 
 
@@ -293,7 +295,7 @@ def test(run: Run, work: Work) -> None:
         class_names=work.data.val.class_names,
         progress=first(),
     )
-    report = gather(found)
+    report = merge(gather(found))
     if not first():
         return
     report.save(args.out / "report.json")

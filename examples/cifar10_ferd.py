@@ -29,7 +29,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import train_teacher
-from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate, gather, share
+from ferdlib.distributed import gather, share
+from ferdlib.evaluation import PROTOCOLS, Protocol, compare, evaluate, merge
 from ferdlib.models import build_model
 from ferdlib.models.checkpoint import PUBLISHED
 from ferdlib.plots import plot_images
@@ -319,7 +320,7 @@ def report(
             class_names=class_names,
             progress=first(),
         )
-        reports[name] = gather(found)
+        reports[name] = merge(gather(found))
     if not first():
         return
     args.out.mkdir(parents=True, exist_ok=True)

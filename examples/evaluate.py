@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ferdlib import plots
+from ferdlib.distributed import gather, share
 from ferdlib.evaluation import (
     PROTOCOLS,
     AttackResult,
@@ -31,8 +32,7 @@ from ferdlib.evaluation import (
     RobustnessReport,
     compare,
     evaluate,
-    gather,
-    share,
+    merge,
 )
 from image_data import Images, Streamed, chosen, load_any
 from model_sources import Model, check_model, made_by, normalized, read_model
@@ -96,8 +96,8 @@ class Args:
     """A report.json of the same classes to compare with, and to test the difference if it has the same images."""
     figure_attack: str | None = None
     """Whose confusion matrix is drawn: an attack, clean, or "worst case"; None takes the last attack."""
-    batch_size: int | Literal["auto"] = 128
-    """Images at a time, or auto for the fastest of 16 to 1024; AutoAttack's are the protocol's."""
+    batch_size: int = 128
+    """Images at a time; AutoAttack's are the protocol's."""
     fast: bool = False
     """Attack a copy of the model that is faster and the same but for rounding."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,7 +200,7 @@ def measure(work: Work, args: Args) -> tuple[RobustnessReport, Sweep]:
             trust=trust,
             progress=first(),
         )
-        return gather(found)
+        return merge(gather(found))
 
     report = run(work.protocol, "report", args.trust)
     if first():

@@ -64,7 +64,9 @@ def _name(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
     if args and any(kind.__name__ == owner for kind in type(args[0]).__mro__):
         owner = type(args[0]).__name__
     return (
-        owner if name in ("__init__", "__post_init__", "__call__", "forward") else f"{owner}.{name}"
+        owner
+        if name in ("__init__", "__post_init__", "__call__", "__getitem__", "forward")
+        else f"{owner}.{name}"
     )
 
 

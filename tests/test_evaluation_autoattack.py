@@ -52,7 +52,7 @@ def protocol(**settings):
 
 def test_it_is_the_official_evaluation_of_each_batch():
     model, x, y = problem(200, 4)
-    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
     report = evaluate(model, loader, protocol(eps=0.06, batch_size=2), num_classes=200)
 
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]

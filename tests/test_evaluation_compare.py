@@ -275,7 +275,7 @@ def test_only_the_same_samples_can_be_paired():
             ValueError, match="^Comparison.test: expected reports on the same samples"
         ):
             comparison.test("a", "b")
-    with pytest.raises(ValueError, match="^Comparison.test: expected `first, second`"):
+    with pytest.raises(ValueError, match="^Comparison.test: expected `second`"):
         compare({"a": made}).test("a", "c")
     with pytest.raises(ValueError, match="^Comparison.test: expected `column`"):
         compare({"a": made}).test("a", "a", "CW")

@@ -1,15 +1,11 @@
 """What makes an evaluation faster, beside the plain one: early stop, survivors, a fast copy, batch sizes."""
 
-import importlib
 import json
 import logging
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from conftest import make_tiny_model
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -21,11 +17,9 @@ from ferdlib.evaluation import (
     AttackSpec,
     Protocol,
     RobustnessReport,
-    batches,
     compare,
     evaluate,
     merge,
-    outcome,
     trust_checks,
 )
 from ferdlib.models import FrozenModel
@@ -137,7 +131,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch):
     stub = Stub()
-    monkeypatch.setattr(outcome, "autoattack", stub)
+    monkeypatch.setattr("ferdlib.evaluation.attack.autoattack", stub)
     return stub
 
 
@@ -196,7 +190,7 @@ def test_an_attack_after_it_is_as_ever(stub):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_survivors_of_blocks_and_shards(stub, tmp_path):
     report = on_survivors()
-    assert on_survivors(data=DataLoader(DATA, batch_size=3, shuffle=True)) == report
+    assert on_survivors(data=DataLoader(DATA, batch_size=3)) == report
     shards = [Subset(DATA, range(k, N, 2)) for k in range(2)]
     assert merge([on_survivors(data=shard) for shard in shards]) == report
     report.save(tmp_path / "report.json")
@@ -370,99 +364,7 @@ def test_what_cannot_be_copied_is_refused(model, error, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.fixture
-def seconds(monkeypatch):
-    """A clock by hand: seconds of a pass by the number of images, or an error; what was asked."""
-    table, asked = {}, []
-
-    def measured(_, x):
-        asked.append(len(x))
-        found = table[len(x)]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    monkeypatch.setattr(batches, "_seconds", measured)
-    return table, asked
-
-
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-@pytest.mark.parametrize(
-    ("table", "most", "images", "size"),
-    [
-        ({16: 1, 32: 1.5, 64: 2, 128: 3.9}, 1024, 2000, 128),  # 16, 21, 32, 32.8 a second
-        ({16: 1, 32: 1.5, 64: 4}, 1024, 2000, 32),
-        ({16: 1, 32: 2}, 1024, 2000, 16),
-        ({2**k: 1 for k in range(4, 11)}, 1024, 2000, 1024),
-        ({16: 1, 32: 1, 64: 1, 128: 1, 250: 1}, 250, 1000, 250),  # AutoAttack's
-        ({16: 1, 32: 1, 50: 1}, 1024, 50, 50),
-        ({16: 1}, 1024, 16, 16),
-        ({5: 1}, 1024, 5, 5),
-        ({16: 1, 32: 1, 64: FULL}, 1024, 2000, 32),
-        ({16: 1, 32: RuntimeError("MPS backend out of memory")}, 1024, 2000, 16),
-        ({16: FULL}, 1024, 2000, 16),
-    ],
-)
-def test_the_fastest_size_is_found(seconds, table, most, images, size):
-    seconds[0].update(table)
-    found = batches.Batches("evaluate", most, search=True)
-    found.settle(lambda x: x, torch.zeros(images, 1))
-    assert found.size == size
-    assert seconds[1] == list(table)
-    found.settle(lambda x: x, torch.zeros(images, 1))
-    assert seconds[1] == list(table)  # once and for all
-
-
-def test_an_error_of_the_model_ends_the_search(seconds):
-    seconds[0].update({16: 1, 32: RuntimeError("mat1 and mat2 shapes cannot be multiplied")})
-    with pytest.raises(RuntimeError, match="^mat1"):
-        batches.Batches("evaluate", 64, search=True).settle(lambda x: x, torch.zeros(64, 1))
-
-
-def test_a_pass_is_a_forward_and_a_gradient():
-    model, seen = counted(make_tiny_model(K))
-    gradients = []
-    model[0].register_full_backward_hook(lambda *_: gradients.append(1))
-    images = X[:3].float()
-    assert batches._seconds(model, images) > 0
-    assert (seen, len(gradients)) == ([3] * 4, 4)
-    assert not images.requires_grad
-    with torch.no_grad():  # nothing to differentiate
-        assert batches._seconds(lambda x: x.detach(), images) > 0
-
-
-def test_auto_is_the_same_report(seconds, tmp_path, caplog):
-    seconds[0].update({16: 1, 32: 1, 40: 2})
-    expected = run(batch_size=7)
-    model, seen = counted(tiny())
-    with caplog.at_level(logging.INFO, logger="ferdlib"):
-        loader = DataLoader(DATA, batch_size=3, shuffle=True)
-        assert run(model=model, data=loader, batch_size="auto", resume=tmp_path) == expected
-    assert caplog.messages == ["evaluate: 32 samples at a time, found by timing"]
-    assert seen == [8, 32, 8, *[32] * 5, *[8] * 5]  # the probe, clean, PGD
-    # Whatever the clock says later, and asked only where there is something to do.
-    asked = len(seconds[1])
-    assert run(batch_size="auto", resume=tmp_path) == expected
-    assert len(seconds[1]) == asked
-    next(tmp_path.glob("PGD-*.json")).unlink()
-    seconds[0].update({32: 100})
-    model, seen = counted(tiny())
-    assert run(model=model, batch_size="auto", resume=tmp_path) == expected
-    assert seen == [8, *[16] * 10, *[8] * 5]
-
-
-def test_auto_beside_autoattack(seconds, stub):
-    """Blocks are AutoAttack's, and plain attacks take no more at once."""
-    seconds[0].update({7: 1})
-    model, seen = counted(tiny())
-    assert run(*BEFORE, AA, model=model, batch_size="auto") == run(*BEFORE, AA)
-    assert max(seen) == 7
-
-
-def test_auto_by_the_clock():
-    assert run(batch_size="auto") == run()
 
 
 class Small(nn.Module):
@@ -496,7 +398,7 @@ def test_what_memory_cannot_hold_is_halved(error, caplog):
     }
     assert all(torch.equal(report.fooled_at[k], f) for k, f in expected.fooled_at.items())
     sizes = [(16, 8), (8, 4), (4, 2)]
-    message = "evaluate: out of memory with {} samples at a time; going on with {}"
+    message = "out of memory with {} samples at a time; going on with {}"
     assert caplog.messages == [message.format(*pair) for pair in sizes]
     assert seen[:4] == [16, 8, 4, 2]
     assert max(seen[3:]) == 2
@@ -512,7 +414,7 @@ def test_memory_that_ends_in_an_attack(caplog):
     report = run(ascent(), model=Graded(5), batch_size=20)
     expected = run(ascent())
     assert torch.equal(report.predictions["PGD"], expected.predictions["PGD"])
-    assert [record.args[1:] for record in caplog.records] == [(20, 10), (10, 5)]
+    assert [record.args for record in caplog.records] == [(20, 10), (10, 5)]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
@@ -526,52 +428,9 @@ def test_a_single_image_that_does_not_fit(caplog):
     assert seen == [4]
 
 
-def test_auto_and_no_memory(caplog):
-    report = run(model=Small(20), batch_size="auto")
-    assert torch.equal(report.predictions["PGD"], run().predictions["PGD"])
-    assert caplog.messages == []
-    assert torch.equal(run(model=Small(3), batch_size="auto").targets, Y)
-    assert [record.args[1:] for record in caplog.records] == [(16, 8), (8, 4), (4, 2)]
-
-
 def test_trust_checks_halve_too(caplog):
     wanted = trust_checks(tiny(), DATA, "quick", num_classes=K, batch_size=N)
     model = Small(N // 2).eval()
     found = trust_checks(model, DATA, "quick", num_classes=K, batch_size=N)
     assert [(f.check, f.verdict) for f in found] == [(f.check, f.verdict) for f in wanted]
-    assert [record.args for record in caplog.records] == [("trust_checks", N, N // 2)]
-
-
-@pytest.mark.parametrize(
-    ("value", "error"),
-    [("fast", ValueError), ("32", ValueError), (0, ValueError), (1.5, TypeError)],
-)
-def test_other_batch_sizes_are_refused(value, error):
-    with pytest.raises(error, match="^evaluate: expected `batch_size`"):
-        run(batch_size=value)
-
-
-def test_the_options_of_the_script(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    script = importlib.import_module("evaluate")
-    command = ["--checkpoint", "none.pt", "--data", "digits", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(script, "load_model", lambda *_: tiny())
-    asked = []
-
-    def stopped(*arguments, **options):
-        asked.append((arguments[2], options["fast"], options["batch_size"]))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "evaluate", stopped)
-    for more in ([], ["--fast", "--survivors", "--batch-size", "auto"], ["--batch-size", "64"]):
-        args = tyro.cli(script.Args, args=command + more)
-        with pytest.raises(KeyboardInterrupt):
-            script.measure(script.prepare(args), args)
-    for name in ("evaluate", "image_data", "model_sources"):
-        monkeypatch.delitem(sys.modules, name)
-    plain = PROTOCOLS["fair-ard"]
-    assert asked == [
-        (plain, False, 128),
-        (plain.on_survivors(), True, "auto"),
-        (plain, False, 64),
-    ]
+    assert [record.args for record in caplog.records] == [(N, N // 2)]

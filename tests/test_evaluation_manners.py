@@ -45,13 +45,13 @@ def outputs(function):
         ({"data": [X]}, TypeError, "data"),
         ({"data": loader(X, Y.float())}, TypeError, "labels of data"),
         ({"data": loader(X, Y.int())}, TypeError, "labels of data"),
-        ({"data": (X, Y.int())}, TypeError, r"data\[1\]"),
-        ({"data": (X, Y[1:])}, ValueError, r"data\[1\]"),
+        ({"data": (X, Y.int())}, TypeError, "labels of data"),
+        ({"data": (X, Y[1:])}, ValueError, "labels of data"),
         ({"data": (X, Y + 1)}, ValueError, "labels of data"),
         ({"data": loader(X, Y - 1)}, ValueError, "labels of data"),
-        ({"data": (X[:, 0], Y)}, ValueError, r"data\[0\]"),
+        ({"data": (X[:, 0], Y)}, ValueError, "data"),
         ({"data": loader(X[:, 0], Y)}, ValueError, "data"),
-        ({"data": ((255 * X).byte(), Y)}, TypeError, r"data\[0\]"),
+        ({"data": ((255 * X).byte(), Y)}, TypeError, "data"),
         ({"data": (2 * X - 1, Y)}, ValueError, "data"),
         ({"data": (2 * X - 1, Y), "protocol": "robustbench"}, ValueError, "data"),
         ({"data": (X * torch.nan, Y)}, ValueError, "data"),
@@ -142,7 +142,7 @@ def test_a_custom_attack_is_judged_by_what_it_returns():
     [
         ({"data": []}, ValueError, "data"),
         ({"data": (X, Y + 1)}, ValueError, "labels of data"),
-        ({"data": (X[0], Y)}, ValueError, r"data\[0\]"),
+        ({"data": (X[0], Y)}, ValueError, "data"),
         ({"protocol": "quik"}, ValueError, "protocol"),
         ({"num_classes": 1}, ValueError, "num_classes"),
         ({"num_classes": 4}, ValueError, r"model\(x\)"),
@@ -193,8 +193,8 @@ def state(model):
 
 
 def work(model):
-    """All that draws: a shuffling loader with its own generator, the starts, trust checks with Square."""
-    data = DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True, generator=torch.Generator())
+    """Everything that draws: a loader with its own generator, the starts, trust checks with Square."""
+    data = DataLoader(TensorDataset(X, Y), batch_size=5, generator=torch.Generator())
     return evaluate(model, data, "quick", num_classes=K, trust=True)
 
 
@@ -206,7 +206,7 @@ class Iterated(IterableDataset):
 def test_no_trace(mixed):
     before, images = state(mixed), X.clone()
     work(mixed)
-    trust_checks(mixed, loader(), "quick", num_classes=K)
+    trust_checks(mixed, TensorDataset(X, Y), "quick", num_classes=K)
     stream = DataLoader(Iterated(), batch_size=5, generator=torch.Generator())
     evaluate(mixed, stream, "quick", num_classes=K)
     assert state(mixed) == before

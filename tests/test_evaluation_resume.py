@@ -234,7 +234,7 @@ def test_a_full_disk(finished, tmp_path, undisturbed, which):
     ) as caught:
         run(folder)
     assert repr(str(folder / name)) in str(caught.value)
-    (folder / f"{name}.partial").unlink()
+    (folder / f"{name}.partial").unlink(missing_ok=True)
     assert run(folder) == undisturbed
 
 

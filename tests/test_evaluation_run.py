@@ -8,11 +8,18 @@ import torch
 from conftest import make_tiny_model
 from scipy import stats
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from ferdlib.evaluation import AttackSpec, Protocol, evaluate, merge
-from ferdlib.evaluation.data import Stream
-from ferdlib.evaluation.noise import _GAMMA, splitmix
+from ferdlib.evaluation.samples import GAMMA, Samples, splitmix
 
 
 def pixels(*values):
@@ -189,7 +196,7 @@ def one(x):
 
 def test_noise_is_splitmix64():
     """The first outputs of the state 1234567, as Rosetta Code lists them."""
-    states = torch.full((5,), 1234567) + torch.arange(1, 6) * _GAMMA
+    states = torch.full((5,), 1234567) + torch.arange(1, 6) * GAMMA
     assert [value % 2**64 for value in splitmix(states).tolist()] == [
         6457827717110365317,
         3203168211198807973,
@@ -213,7 +220,7 @@ def test_starts_have_their_distribution_and_belong_to_a_sample():
         < 0.1
     )
     assert torch.equal(starts("uniform", batch_size=7)[0], noise)
-    assert torch.equal(starts("uniform", indices=[150, 3])[0], noise[[3, 150]])
+    assert torch.equal(starts("uniform", indices=[150, 3])[0], noise[[150, 3]])
     (other,) = starts("uniform", seed=1)
     first, second = starts("uniform", restarts=2)
     assert torch.equal(first, noise)
@@ -308,10 +315,6 @@ def whole(request):
     return TensorDataset(x, y), model, report
 
 
-def shuffled(data):
-    return DataLoader(data, batch_size=9, shuffle=True)
-
-
 @pytest.mark.filterwarnings(
     "ignore:This DataLoader will create", "ignore:.*fork.*:DeprecationWarning"
 )
@@ -320,8 +323,7 @@ def shuffled(data):
     [
         lambda data: DataLoader(data, batch_size=1),
         lambda data: DataLoader(data, batch_size=7),
-        shuffled,
-        lambda data: DataLoader(data, batch_size=11, num_workers=2, shuffle=True),
+        lambda data: DataLoader(data, batch_size=11, num_workers=2),
         lambda data: Subset(Subset(data, range(len(data))), torch.randperm(len(data)).tolist()),
         lambda data: DataLoader(Iterated(data), batch_size=6),
         lambda data: [(x[None], torch.tensor([y])) for x, y in data],
@@ -331,7 +333,6 @@ def shuffled(data):
     ids=[
         "one",
         "seven",
-        "shuffled",
         "workers",
         "subset",
         "iterable",
@@ -345,12 +346,36 @@ def test_the_cut_changes_nothing(whole, cut):
     assert evaluate(model, cut(data), CUT, num_classes=4, batch_size=16) == report
 
 
-def test_a_second_epoch_of_a_shuffled_loader(whole):
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"shuffle": True},
+        {"sampler": SubsetRandomSampler(range(40))},
+        {"sampler": WeightedRandomSampler([1.0] * 40, 40)},
+    ],
+)
+def test_a_loader_in_random_order_is_refused(whole, sampler):
+    """Its samples would have other numbers in each epoch: no groups, no resume, no paired test."""
     data, model, report = whole
-    loader = shuffled(data)
-    assert evaluate(model, loader, CUT, num_classes=4) == report
-    assert evaluate(model, loader, CUT, num_classes=4) == report
-    assert evaluate(model, loader, CUT.with_seed(1), num_classes=4) != report
+    with pytest.raises(ValueError, match="^evaluate: expected `data` in a fixed order, got a Data"):
+        evaluate(model, DataLoader(data, batch_size=9, **sampler), CUT, num_classes=4)
+    assert evaluate(model, data, CUT.with_seed(1), num_classes=4) != report
+
+
+def test_the_order_of_a_loader_is_kept(whole):
+    """A sampler of the user gives running numbers, and the samples are read as it says."""
+    data, model, report = whole
+    order = list(range(39, -1, -1))
+    known = evaluate(model, DataLoader(data, batch_size=9, sampler=order), CUT, num_classes=4)
+    assert known == report
+    numbered = evaluate(
+        model, DataLoader(data, batch_size=9, sampler=iter(order)), CUT, num_classes=4
+    )
+    assert numbered.index.tolist() == list(range(40))
+    assert torch.equal(numbered.targets, report.targets.flip(0))
+    assert torch.equal(numbered.predictions["clean"], report.predictions["clean"].flip(0))
+    # Noise goes with the number.
+    assert not torch.equal(numbered.predictions["PGD"], report.predictions["PGD"].flip(0))
 
 
 def test_shards_make_the_whole(whole):
@@ -372,6 +397,6 @@ def test_shards_make_the_whole(whole):
 
 def test_pinned_batches_may_be_lists():
     """As torch 2.6 returns them from a pinned tuple."""
-    stream = Stream("evaluate", TensorDataset(*samples(n=5)), 2)
-    stream.loader = [list(batch) for batch in stream.loader]
-    assert torch.cat([block.x for block in stream.blocks(3)]).equal(samples(n=5)[0])
+    x, y = samples(n=5)
+    stream = Samples([[x[:2], y[:2]], [x[2:], y[2:]]], 2, 4)
+    assert torch.cat([block.x for block in stream.blocks(3)]).equal(x)

@@ -15,8 +15,8 @@ from ferdlib.evaluation import (
     evaluate,
     trust_checks,
 )
-from ferdlib.evaluation.data import Block
-from ferdlib.evaluation.trust import Sample
+from ferdlib.evaluation.samples import Block
+from ferdlib.evaluation.trust import FewOfEach
 
 K = 3
 SMALL = Protocol(
@@ -308,7 +308,7 @@ def test_square_finds_samples_after_the_gradient_attacks():
 
 
 def test_the_sample_has_some_of_every_class():
-    sample = Sample(200)
+    sample = FewOfEach(200)
     targets = torch.arange(2000) // 10
     x = torch.arange(2000.0).reshape(-1, 1, 1, 1)
     for k in range(0, 2000, 64):

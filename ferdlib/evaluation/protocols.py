@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, InvalidValue, got, public
 from ferdlib.attacks.autoattack import VERSIONS
 
-Kind = Literal["pgd", "cw", "autoattack", "custom"]
-# What each kind has beside a name and a radius.
+# Settings of each kind beside a name and a radius.
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "pgd": ("step_size", "steps", "start", "restarts", "judge"),
     "cw": ("step_size", "steps", "start", "restarts", "judge", "confidence"),
     "autoattack": ("version", "batch_size", "survivors"),
     "custom": (),
 }
+STARTS = {"uniform": "uniform start", "normal": "start of 0.001 N(0, 1)", None: "no start"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +30,18 @@ class AttackSpec:
             "autoattack" is the official one; "custom" is a function that is given to `evaluate`.
         eps: radius of the L-infinity ball, in units of the images.
         step_size: step of "pgd" and "cw", same units.
-        steps: how many steps; FGSM is "pgd" with one step of `eps`.
-        start: where the steps begin: "uniform" in the ball, "normal" for 0.001 * N(0, 1), None for the
-            image. Each sample has noise of its own, from the protocol's seed, the restart and the sample's
-            index, so that batches and order do not matter.
-        restarts: how many starts; a sample must withstand all of them.
-        judge: "last" asks for the last iterate alone, as the papers do; "any" counts a sample as fooled if
-            any of x^(0)..x^(K) is misclassified.
+        steps: number of steps; FGSM is "pgd" with one step of `eps`.
+        start: of the steps: "uniform" in the ball, "normal" for 0.001 * N(0, 1), None for the image. Each sample
+            has noise of its own, from the protocol's seed, the restart and the sample's index, so that batches
+            and order do not matter.
+        restarts: number of starts; a sample must withstand all of them.
+        judge: "last" asks for the last iterate alone, as the papers do; "any" counts a sample as fooled if any
+            of x^(0)..x^(K) is misclassified.
         confidence: $\kappa$ of "cw".
         version: of AutoAttack, "standard", "plus" or "rand".
         batch_size: of AutoAttack, whose noise depends on it.
-        survivors: of AutoAttack: attack only what is classified correctly and withstood every attack before
-            it in the protocol. Its column is then the worst case over the protocol up to it.
+        survivors: of AutoAttack: attack only what is classified correctly and withstood every attack before it
+            in the protocol. Its column is then the worst case over the protocol up to it.
 
     Raises:
         TypeError, ValueError: on a setting of the wrong type or out of range, or one that the kind does not have.
@@ -51,7 +52,7 @@ class AttackSpec:
     """
 
     name: str
-    kind: Kind
+    kind: Literal["pgd", "cw", "autoattack", "custom"]
     eps: float
     step_size: float | None = None
     steps: int | None = None
@@ -63,32 +64,31 @@ class AttackSpec:
     batch_size: int = 250
     survivors: bool = False
 
+    @public
     def __post_init__(self) -> None:
-        function = "AttackSpec"
-        _checked_name(function, self.name)
+        _check_name(self.name)
         if self.name in ("clean", "worst case"):
-            raise ValueError(
-                f"{function}: expected another `name` than those that every report has, got {self.name!r}"
+            raise InvalidValue(
+                f"expected another `name` than those that every report has, got {self.name!r}"
             )
-        _checks.choice(function, "kind", self.kind, ("pgd", "cw", "autoattack", "custom"))
-        _checks.number(function, "eps", self.eps, low=0.0, open_low=self.kind == "autoattack")
+        _checks.choice(tuple(SETTINGS), kind=self.kind)
+        _checks.real(0, eps=self.eps, confidence=self.confidence)
+        if self.kind == "autoattack":
+            _checks.positive(eps=self.eps)
         if self.iterated:
-            _checks.number(function, "step_size", self.step_size, low=0.0)
-            _checks.integer(function, "steps", self.steps, low=1)
-        _checks.choice(function, "start", self.start, ("uniform", "normal", None))
-        _checks.integer(function, "restarts", self.restarts, low=1)
-        _checks.choice(function, "judge", self.judge, ("last", "any"))
-        _checks.number(function, "confidence", self.confidence, low=0.0)
-        _checks.choice(function, "version", self.version, tuple(VERSIONS))
-        _checks.integer(function, "batch_size", self.batch_size, low=1)
-        _checks.choice(function, "survivors", self.survivors, (False, True))
+            _checks.real(0, step_size=self.step_size)
+            _checks.integer(1, steps=self.steps)
+        _checks.choice(tuple(STARTS), start=self.start)
+        _checks.choice(("last", "any"), judge=self.judge)
+        _checks.choice(tuple(VERSIONS), version=self.version)
+        _checks.choice((False, True), survivors=self.survivors)
+        _checks.integer(1, restarts=self.restarts, batch_size=self.batch_size)
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.name not in ("name", "kind", "eps", *SETTINGS[self.kind]) and (
-                value != setting.default
-            ):
-                raise ValueError(
-                    f"{function}: expected no `{setting.name}` for kind {self.kind!r}, got {value!r}"
+            known = setting.name in ("name", "kind", "eps", *SETTINGS[self.kind])
+            if not known and value != setting.default:
+                raise InvalidValue(
+                    f"expected no `{setting.name}` for kind {self.kind!r}, got {value!r}"
                 )
 
     @property
@@ -98,28 +98,23 @@ class AttackSpec:
 
     def __str__(self) -> str:
         if self.kind == "autoattack":
-            detail = f"AutoAttack {self.version}, batches of {self.batch_size}"
-            detail += ", on what withstood all before" if self.survivors else ""
+            details = [f"AutoAttack {self.version}, batches of {self.batch_size}"]
+            details += ["on what withstood all before"] * self.survivors
         elif self.kind == "custom":
-            detail = "a function of the user"
+            details = ["a function of the user"]
         else:
             loss = "cross-entropy" if self.kind == "pgd" else f"CW margin, κ {self.confidence:g}"
             plural = "s" if self.steps != 1 else ""
-            begin = {
-                "uniform": "uniform start",
-                "normal": "start of 0.001 N(0, 1)",
-                None: "no start",
-            }
-            detail = f"{loss}, {self.steps} step{plural} of {_pixels(self.step_size or 0.0)}"
-            detail += f", {begin[self.start]}"
-            detail += f", {self.restarts} restarts" if self.restarts > 1 else ""
-            detail += ", any iterate" if self.judge == "any" else ""
-        return f"{self.name}: eps {_pixels(self.eps)}, {detail}"
+            details = [loss, f"{self.steps} step{plural} of {_pixels(self.step_size or 0.0)}"]
+            details += [STARTS[self.start]]
+            details += [f"{self.restarts} restarts"] * (self.restarts > 1)
+            details += ["any iterate"] * (self.judge == "any")
+        return f"{self.name}: eps {_pixels(self.eps)}, {', '.join(details)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """A named list of attacks and the seed of their noise: what a reader needs to repeat a number.
+    """A named list of attacks and the seed of their noise: everything that a reader needs to repeat a number.
 
     Attributes:
         name: of the protocol.
@@ -141,65 +136,56 @@ class Protocol:
     attacks: tuple[AttackSpec, ...]
     seed: int = 0
 
+    @public
     def __post_init__(self) -> None:
-        function = "Protocol"
-        _checked_name(function, self.name)
+        _check_name(self.name)
         attacks = self.attacks
         if not isinstance(attacks, tuple) or not all(isinstance(a, AttackSpec) for a in attacks):
-            raise TypeError(
-                f"{function}: expected `attacks` to be a tuple of AttackSpec, got {_checks.got(attacks)}"
-            )
+            raise InvalidType(f"expected `attacks` to be a tuple of AttackSpec, got {got(attacks)}")
         names = [attack.name for attack in attacks]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"{function}: expected `attacks` of different names, got {names}")
+            raise InvalidValue(f"expected `attacks` of different names, got {names}")
         sizes = {attack.batch_size for attack in attacks if attack.kind == "autoattack"}
         if len(sizes) > 1:
-            raise ValueError(
-                f"{function}: expected one `batch_size` for all AutoAttacks, got {sorted(sizes)}"
+            raise InvalidValue(
+                f"expected one `batch_size` for all AutoAttacks, got {sorted(sizes)}"
             )
-        _checks.integer(function, "seed", self.seed, low=0)
+        _checks.integer(0, seed=self.seed)
 
+    @public
     def at(self, *, eps: float) -> Protocol:
         """The same attacks at another radius, their steps in proportion."""
-        _checks.number("Protocol.at", "eps", eps, low=0.0, open_low=True)
-
-        def scaled(attack: AttackSpec) -> AttackSpec:
-            if attack.step_size is None:
-                return replace(attack, eps=eps)
-            if attack.eps == 0:
-                raise ValueError(
-                    f"Protocol.at: expected attacks with an `eps` to scale, got 0 in {attack.name!r}"
+        _checks.positive(eps=eps)
+        attacks = []
+        for attack in self.attacks:
+            step = attack.step_size
+            if step is not None and attack.eps == 0:
+                raise InvalidValue(
+                    f"expected attacks with an `eps` to scale, got 0 in {attack.name!r}"
                 )
-            return replace(attack, eps=eps, step_size=attack.step_size / attack.eps * eps)
+            step = None if step is None else step / attack.eps * eps
+            attacks.append(replace(attack, eps=eps, step_size=step))
+        return replace(self, name=f"{self.name}, eps {_pixels(eps)}", attacks=tuple(attacks))
 
-        attacks = tuple(scaled(attack) for attack in self.attacks)
-        return replace(self, name=f"{self.name}, eps {_pixels(eps)}", attacks=attacks)
-
+    @public
     def without(self, *names: str) -> Protocol:
         """The same without some attacks."""
         for name in names:
-            _checks.choice("Protocol.without", "names", name, [a.name for a in self.attacks])
-        return replace(
-            self,
-            name=", ".join([self.name, *(f"without {name}" for name in names)]),
-            attacks=tuple(attack for attack in self.attacks if attack.name not in names),
-        )
+            _checks.choice([a.name for a in self.attacks], names=name)
+        left = tuple(attack for attack in self.attacks if attack.name not in names)
+        name = ", ".join([self.name, *(f"without {name}" for name in names)])
+        return replace(self, name=name, attacks=left)
 
+    @public
     def on_survivors(self) -> Protocol:
         """The same with AutoAttack only on what withstood the attacks before it."""
         if not any(attack.kind == "autoattack" for attack in self.attacks):
-            raise ValueError(
-                f"Protocol.on_survivors: expected a protocol with an AutoAttack, got {self.name!r}"
-            )
-        return replace(
-            self,
-            name=f"{self.name}, AutoAttack on survivors",
-            attacks=tuple(
-                replace(attack, survivors=True) if attack.kind == "autoattack" else attack
-                for attack in self.attacks
-            ),
-        )
+            raise InvalidValue(f"expected a protocol with an AutoAttack, got {self.name!r}")
+        attacks = (replace(a, survivors=a.kind == "autoattack") for a in self.attacks)
+        name = f"{self.name}, AutoAttack on survivors"
+        return replace(self, name=name, attacks=tuple(attacks))
 
+    @public
     def with_seed(self, seed: int) -> Protocol:
         """The same with other noise."""
         return replace(self, seed=seed)
@@ -210,77 +196,62 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "name": self.name,
-            "seed": self.seed,
-            "attacks": [asdict(attack) for attack in self.attacks],
-        }
+        attacks = [asdict(attack) for attack in self.attacks]
+        return {"name": self.name, "seed": self.seed, "attacks": attacks}
 
     @staticmethod
+    @public
     def from_dict(content: Mapping[str, Any]) -> Protocol:
-        """What `to_dict` gave.
+        """Read what `to_dict` gave.
 
         Raises:
             TypeError, ValueError: something else.
         """
-        function = "Protocol.from_dict"
-        _checks.mapping(function, "content", content, ("name", "seed", "attacks"))
+        _checks.keys(("name", "seed", "attacks"), content=content)
         known = {field.name for field in fields(AttackSpec)}
-        attacks = []
         for entry in content["attacks"]:
             if not isinstance(entry, Mapping):
-                raise TypeError(
-                    f"{function}: expected `content['attacks']` to be of dicts, got {_checks.got(entry)}"
-                )
+                raise InvalidType(f"expected `content['attacks']` to be of dicts, got {got(entry)}")
             if entry.keys() - known:
-                raise ValueError(
-                    f"{function}: expected the settings {sorted(known)} of an attack, got also "
+                raise InvalidValue(
+                    f"expected the settings {sorted(known)} of an attack, got also "
                     f"{sorted(entry.keys() - known)}"
                 )
-            attacks.append(AttackSpec(**entry))
-        return Protocol(name=content["name"], attacks=tuple(attacks), seed=content["seed"])
+        attacks = tuple(AttackSpec(**entry) for entry in content["attacks"])
+        return Protocol(name=content["name"], attacks=attacks, seed=content["seed"])
 
 
-def _checked_name(function: str, name: object) -> None:
+def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise TypeError(f"{function}: expected `name` to be a word, got {_checks.got(name)}")
+        raise InvalidType(f"expected `name` to be a word, got {got(name)}")
 
 
 def _pixels(value: float) -> str:
-    """A radius as its author would write it: 8/255, or 0.031."""
+    """Write a radius as its author would: 8/255, or 0.031."""
     whole = round(value * 255)
     return f"{whole}/255" if whole and abs(value * 255 - whole) < 1e-9 else f"{value:g}"
 
 
-_FGSM = AttackSpec(name="FGSM", kind="pgd", eps=8 / 255, step_size=8 / 255, steps=1, start="normal")
+_FGSM = AttackSpec(name="FGSM", kind="pgd", eps=8 / 255, step_size=8 / 255, steps=1, start=None)
 _PGD = AttackSpec(name="PGD-20", kind="pgd", eps=8 / 255, step_size=2 / 255, steps=20)
 _CW = AttackSpec(name="CW-inf", kind="cw", eps=8 / 255, step_size=2 / 255, steps=20)
 _AUTOATTACK = AttackSpec(name="AutoAttack", kind="autoattack", eps=8 / 255)
+_NAMED: dict[str, tuple[AttackSpec, ...]] = {
+    "fair-ard": (replace(_FGSM, start="normal"), _PGD, _CW, _AUTOATTACK),
+    "ferd": (_FGSM, _PGD, _CW, _AUTOATTACK),
+    "trades": (replace(_PGD, eps=0.031, step_size=0.003),),
+    "robustbench": (_AUTOATTACK,),
+    "quick": (_FGSM, replace(_PGD, name="PGD-10", steps=10)),
+}
 
 PROTOCOLS: Mapping[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(name="fair-ard", attacks=(_FGSM, _PGD, _CW, _AUTOATTACK)),
-        Protocol(
-            name="ferd",
-            attacks=(replace(_FGSM, start=None), _PGD, _CW, _AUTOATTACK),
-        ),
-        Protocol(
-            name="trades",
-            attacks=(replace(_PGD, eps=0.031, step_size=0.003),),
-        ),
-        Protocol(name="robustbench", attacks=(_AUTOATTACK,)),
-        Protocol(
-            name="quick",
-            attacks=(replace(_FGSM, start=None), replace(_PGD, name="PGD-10", steps=10)),
-        ),
-    )
+    name: Protocol(name=name, attacks=attacks) for name, attacks in _NAMED.items()
 }
 """The protocols that `evaluate` knows by name.
 
 - `"fair-ard"`: Fair-ARD's evaluation code: FGSM from a start of 0.001 N(0, 1), PGD-20 and CW-inf with steps of
   2/255, all at 8/255; and the official AutoAttack, where that code ran another one.
-- `"ferd"`: FERD section 5.1, which names the attacks FGSM, PGD-20, CW-inf and AutoAttack and not their settings:
+- `"ferd"`: FERD section 5.1, which names the attacks FGSM, PGD, CW-inf and AutoAttack and not their settings:
   textbook FGSM, the rest as in `"fair-ard"`.
 - `"trades"`: TRADES' evaluation: PGD-20 at 0.031 with steps of 0.003.
 - `"robustbench"`: AutoAttack at 8/255, the leaderboard's number, class by class.
@@ -288,14 +259,13 @@ PROTOCOLS: Mapping[str, Protocol] = {
 """
 
 
-def resolve_protocol(function: str, protocol: object) -> Protocol:
-    """A protocol, or the one of that name."""
+def resolve_protocol(protocol: object) -> Protocol:
+    """Return a protocol, or the one of that name."""
     if isinstance(protocol, str):
-        _checks.choice(function, "protocol", protocol, tuple(PROTOCOLS))
+        _checks.choice(tuple(PROTOCOLS), protocol=protocol)
         return PROTOCOLS[protocol]
     if not isinstance(protocol, Protocol):
-        raise TypeError(
-            f"{function}: expected `protocol` to be a Protocol or the name of one, got "
-            f"{_checks.got(protocol)}"
+        raise InvalidType(
+            f"expected `protocol` as a Protocol or the name of one, got {got(protocol)}"
         )
     return protocol

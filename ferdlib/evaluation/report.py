@@ -1,4 +1,4 @@
-"""The result of an evaluation: what each sample was taken for under each attack, and all figures of it."""
+"""The result of an evaluation: the class that each sample was taken for under each attack, and its figures."""
 
 from __future__ import annotations
 
@@ -6,19 +6,46 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.evaluation.figures import AttackResult
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, got, public
+from ferdlib.checkpoints import write_file
+from ferdlib.evaluation import table
 from ferdlib.evaluation.protocols import Protocol
-from ferdlib.evaluation.trust import Finding
+from ferdlib.evaluation.result import AttackResult
 
 FORMAT = "ferdlib.RobustnessReport"
 VERSION = 1
 WORST_CASE = "worst case"
+# From so many classes on the papers give the worst 10 % in place of the worst class.
+MANY_CLASSES = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One trust check and its evidence.
+
+    Attributes:
+        check: a sentence that should hold.
+        verdict: "fine", "doubtful" (the robustness may be overestimated), or "not checked".
+        evidence: the numbers, in a sentence.
+
+    Example:
+        >>> print(Finding(check="the model is deterministic", verdict="fine", evidence="two passes agree"))
+        fine: the model is deterministic (two passes agree)
+    """
+
+    check: str
+    verdict: Literal["fine", "doubtful", "not checked"]
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.check} ({self.evidence})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,16 +61,16 @@ class RobustnessReport:
     Attributes:
         protocol: the attacks.
         class_names: of the K classes.
-        index: int64 `(N,)`, which samples of the data set, rising.
+        index: int64 `(N,)`, indices of the samples in the data set, rising.
         targets: int64 `(N,)`, their labels.
-        predictions: for "clean" and each attack int64 `(N,)`, what the samples were taken for.
+        predictions: for "clean" and each attack int64 `(N,)`, the class that each sample was taken for.
         fooled_at: the same, the first stage that fooled a sample; the number of stages if none did.
-        stages: the names of each attack's stages: iterates, or the members of AutoAttack after "clean", which
-            is "before" where it was run on survivors.
+        stages: the names of each attack's stages: iterates, or the members of AutoAttack after "clean", which is
+            "before" where it was run on survivors.
         groups: int64 `(N,)`, if the rows are groups instead of classes; `group_names` names them.
         manifest: versions, device, model and data with their fingerprints.
         findings: of the trust checks, if they were asked for.
-        timing: when it was made, and the seconds of each attack.
+        timing: date, and the seconds of each attack.
     """
 
     protocol: Protocol
@@ -64,16 +91,17 @@ class RobustnessReport:
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return len(self.class_names)
 
     @property
     def row_names(self) -> tuple[str, ...]:
-        """Of the groups if there are some, else of the classes."""
+        """Names of the groups if there are some, else of the classes."""
         return self.class_names if self.groups is None else self.group_names
 
     @property
     def rows(self) -> Tensor:
-        """The row that each sample is in, int64 `(N,)`."""
+        """Row that each sample is in, int64 `(N,)`."""
         return self.targets if self.groups is None else self.groups
 
     @property
@@ -83,8 +111,8 @@ class RobustnessReport:
 
     def members(self, attack: str) -> tuple[str, ...]:
         """The columns `"AutoAttack/apgd-ce"` and so on of an AutoAttack; none of another attack."""
-        spec = next((a for a in self.protocol.attacks if a.name == attack), None)
-        if spec is None or spec.kind != "autoattack":
+        kinds = {spec.name: spec.kind for spec in self.protocol.attacks}
+        if kinds.get(attack) != "autoattack":
             return ()
         return tuple(f"{attack}/{stage}" for stage in self.stages[attack][1:])
 
@@ -99,31 +127,31 @@ class RobustnessReport:
         members = (m for attack in self.predictions for m in self.members(attack))
         return (*self.columns, *members)
 
+    @public
     def __getitem__(self, column: str) -> AttackResult:
-        _checks.choice("RobustnessReport", "column", column, self._known)
-        return AttackResult.of(
+        _checks.choice(self._known, column=column)
+        return AttackResult(
             column,
             self._predictions(column),
             self.targets,
-            num_classes=self.num_classes,
-            row_names=self.row_names,
-            rows=self.rows,
+            self.num_classes,
+            self.row_names,
+            self.rows,
         )
 
     def _predictions(self, column: str) -> Tensor:
         if column in self.predictions:
             return self.predictions[column]
         if column == WORST_CASE:
-            winner = self.winner
             found = self.targets.clone()
-            for k, attack in enumerate(self.predictions):
-                found = torch.where(winner == k, self.predictions[attack], found)
+            for k, predicted in enumerate(self.predictions.values()):
+                found = torch.where(self.winner == k, predicted, found)
             return found
         attack, _, member = column.rpartition("/")
         fallen = self.fooled_at[attack] <= self.stages[attack].index(member)
         return torch.where(fallen, self.predictions[attack], self.targets)
 
-    @property
+    @cached_property
     def winner(self) -> Tensor:
         """Per sample the first column that fooled it, an index into `columns`; -1 if none did."""
         winner = torch.full_like(self.targets, -1)
@@ -141,19 +169,19 @@ class RobustnessReport:
             names.append(f"{attack}/{member}" if self.members(attack) else attack)
         return tuple(names)
 
+    @public
     def survival(self, attack: str) -> Tensor:
         """Share of each row that no stage up to the t-th has fooled, `(R, stages)`.
 
         For PGD and CW the t-th stage is the iterate x^(t), from the start to the last step.
         """
-        _checks.choice("RobustnessReport.survival", "attack", attack, tuple(self.predictions))
-        count, length = len(self.row_names), len(self.stages[attack])
-        fallen = torch.zeros(count, length + 1, dtype=torch.int64)
-        fallen.index_put_(
-            (self.rows, self.fooled_at[attack]), torch.ones_like(self.rows), accumulate=True
+        _checks.choice(tuple(self.predictions), attack=attack)
+        count, length = len(self.row_names), len(self.stages[attack]) + 1
+        cells = torch.bincount(
+            self.rows * length + self.fooled_at[attack], minlength=count * length
         )
-        totals = fallen.sum(dim=1, keepdim=True).double()
-        return 1 - fallen[:, :-1].cumsum(dim=1) / totals
+        fallen = cells.reshape(count, length)
+        return 1 - fallen[:, :-1].cumsum(dim=1) / fallen.sum(dim=1, keepdim=True).double()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RobustnessReport):
@@ -165,39 +193,106 @@ class RobustnessReport:
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        from ferdlib.evaluation.tables import report_text
-
-        return report_text(self)
+        parts = [
+            self._title(),
+            "in %, with 95 % intervals; NSD and target entropy as fractions. The interval of NSD is for the true\n"
+            "accuracies: sampling noise only adds to the measured one, which may lie above it.\n",
+            *(f"{table.aligned(rows)}\n" for rows in self._tables()),
+            *self._notes(),
+            *map(str, self.findings),
+        ]
+        return "\n".join(parts)
 
     def to_markdown(self) -> str:
-        """Both tables, the protocol and the findings, in Markdown."""
-        from ferdlib.evaluation.tables import report_markdown
-
-        return report_markdown(self)
+        """Both tables, and under them all that a reader needs to judge and repeat them."""
+        winners, *notes = self._notes()
+        heading, *attacks = str(self.protocol).splitlines()
+        parts = [
+            f"**{self._title()}**",
+            "In %, with 95 % intervals (NSD and target entropy as fractions): average and NSD by the bootstrap, "
+            "worst class and worst 10 % from bounds that hold for all rows together, each row by Wilson. The "
+            "target entropy is a mean over classes. Indented: AutoAttack up to that member.",
+            *map(table.piped, self._tables()),
+            f"{winners}.",
+            *notes,
+            "\n".join([f"Protocol {heading}:", "", *(f"- {attack.strip()}" for attack in attacks)]),
+        ]
+        if self.findings:
+            parts.append("\n".join(["Trust checks:", "", *(f"- {f}" for f in self.findings)]))
+        if self.manifest:
+            parts.append(self._origin())
+        return "\n\n".join(parts) + "\n"
 
     def to_latex(self) -> str:
         """The papers' line: average, worst and NSD under each attack, with booktabs."""
-        from ferdlib.evaluation.compare import compare
-
-        return compare({str(self.manifest.get("model", {}).get("class", "model")): self}).to_latex()
+        name = str(self.manifest.get("model", {}).get("class", "model"))
+        worst: table.Worst = "10%" if len(self.row_names) >= MANY_CLASSES else "class"
+        results = {column: self[column] for column in self.columns if column != WORST_CASE}
+        return table.paper_latex({name: results}, worst)
 
     def to_csv(self) -> str:
         """A line for each attack and row: counts, accuracy, Wilson bounds."""
-        from ferdlib.evaluation.tables import report_csv
-
-        return report_csv(self)
+        return table.comma_separated([table.FIELDS, *table.class_lines(self._results())])
 
     def to_pandas(self) -> Any:
         """The lines of `to_csv` as a `pandas.DataFrame`."""
-        from ferdlib.evaluation.tables import FIELDS, report_lines
-
         try:
             import pandas
         except ImportError as error:
             raise ImportError(
                 "RobustnessReport.to_pandas: expected pandas, got none; pip install pandas"
             ) from error
-        return pandas.DataFrame(report_lines(self), columns=FIELDS)
+        return pandas.DataFrame(table.class_lines(self._results()), columns=table.FIELDS)
+
+    def _results(self) -> dict[str, AttackResult]:
+        return {column: self[column] for column in self.columns}
+
+    def _tables(self) -> tuple[table.Rows, table.Rows]:
+        """Figures of each attack and, indented, of AutoAttack's members; and the rows under each attack."""
+        results = self._results()
+        headings: list[tuple[str, AttackResult]] = []
+        for column, found in results.items():
+            headings.append((column, found))
+            for member in self.members(column):
+                headings.append((f"  {member.rpartition('/')[2]}", self[member]))
+        title = "class" if self.groups is None else "group"
+        return table.figure_rows(headings), table.class_rows(results, title)
+
+    def _title(self) -> str:
+        model = self.manifest.get("model", {})
+        size = f" ({model['parameters']:,} parameters)" if model.get("parameters") else ""
+        rows = f"{len(self.row_names)} {'classes' if self.groups is None else 'groups'}"
+        return (
+            f"{model.get('class', 'model')}{size}, {len(self):,} samples of {rows}, protocol "
+            f"{self.protocol.name} (seed {self.protocol.seed})"
+        )
+
+    def _notes(self) -> list[str]:
+        """Winners, attacks on survivors, and rows without samples."""
+        counts = torch.bincount(self.winner + 1, minlength=len(self.columns)).tolist()
+        fallen = ", ".join(
+            f"{name} {n:,}" for name, n in zip(self.predictions, counts[1:], strict=True)
+        )
+        notes = [f"first fooled by: {fallen}; by none {counts[0]:,}"]
+        notes += [
+            f"{spec.name} was run on what withstood all before it: its rows are the worst case up to there"
+            for spec in self.protocol.attacks
+            if spec.survivors
+        ]
+        totals = torch.bincount(self.rows, minlength=len(self.row_names)).tolist()
+        absent = [name for name, n in zip(self.row_names, totals, strict=True) if n == 0]
+        if absent:
+            notes.append(f"no samples, left out of every figure: {', '.join(absent)}")
+        return notes
+
+    def _origin(self) -> str:
+        manifest = self.manifest
+        versions = ", ".join(f"{name} {v}" for name, v in manifest["versions"].items())
+        precision = "".join(f", {name} {v}" for name, v in manifest["precision"].items() if v)
+        return (
+            f"Made {self.timing.get('created', '')} on {manifest['device']}{precision} with {versions}. Model "
+            f"`{manifest['model']['fingerprint'] or 'callable'}`, data `{manifest['data']['fingerprint']}`."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain values, for JSON."""
@@ -219,26 +314,22 @@ class RobustnessReport:
         }
 
     @staticmethod
+    @public
     def from_dict(content: Mapping[str, Any]) -> RobustnessReport:
-        """What `to_dict` gave.
+        """Read what `to_dict` gave.
 
         Raises:
             ValueError: something else, or a version that this one does not know.
         """
-        function = "RobustnessReport.from_dict"
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-            raise ValueError(
-                f"{function}: expected `content` of a saved report, got {_checks.got(content)}"
-            )
+            raise InvalidValue(f"expected `content` of a saved report, got {got(content)}")
         if content.get("version") != VERSION:
-            raise ValueError(
-                f"{function}: expected `content` of version {VERSION}, got {content.get('version')!r}"
+            raise InvalidValue(
+                f"expected `content` of version {VERSION}, got {content.get('version')!r}"
             )
         missing = [f.name for f in fields(RobustnessReport) if f.name not in content]
         if missing:
-            raise ValueError(
-                f"{function}: expected `content` of a complete report, got none of {missing}"
-            )
+            raise InvalidValue(f"expected `content` of a complete report, got none of {missing}")
 
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64)
@@ -258,41 +349,37 @@ class RobustnessReport:
             timing=content["timing"],
         )
 
+    @public
     def save(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, whole or not at all.
+        """Write the report as JSON, whole or not at all.
 
         Raises:
-            TypeError: what is no path.
+            TypeError: `path` is no path.
             OSError: the file cannot be written.
         """
-        target = _checks.path("RobustnessReport.save", "path", path)
-        partial = target.with_name(f"{target.name}.partial")
+        target = _checks.path("path", path)
         try:
-            partial.write_text(json.dumps(self.to_dict()), "utf-8")
-            os.replace(partial, target)
+            write_file(target, json.dumps(self.to_dict()))
         except OSError as error:
             raise OSError(
                 f"RobustnessReport.save: expected to write {str(target)!r}, got {error}"
             ) from error
 
     @staticmethod
+    @public
     def load(path: str | os.PathLike[str]) -> RobustnessReport:
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
-            TypeError: what is no path.
+            TypeError: `path` is no path.
             FileNotFoundError: no such file.
             ValueError: a damaged file, or something else.
         """
-        file = _checks.path("RobustnessReport.load", "path", path)
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"RobustnessReport.load: expected `path` to be a file, got {str(path)!r}"
-            )
+        file = _checks.file("path", path)
         try:
             content = json.loads(file.read_text("utf-8"))
         except ValueError as error:
-            raise ValueError(
-                f"RobustnessReport.load: expected a complete report in {str(path)!r}, got {error}"
+            raise InvalidValue(
+                f"expected a complete report in {str(path)!r}, got {error}"
             ) from error
         return RobustnessReport.from_dict(content)

@@ -1,4 +1,4 @@
-"""What an evaluation has finished, on disk: one small JSON file per attack and block, whole or absent."""
+"""Finished parts of an evaluation on disk: one small JSON file per attack and block, whole or absent."""
 
 from __future__ import annotations
 
@@ -9,35 +9,24 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ferdlib import _oldchecks as _checks
-from ferdlib.evaluation.outcome import Outcome
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue
+from ferdlib.checkpoints import write_file
+from ferdlib.evaluation.attack import Outcome
 
 FORMAT = 1
 # Logits of another kernel or machine differ by rounding, those of another model by more.
 TOLERANCE = 1e-3
 
 
-def fingerprint(model: object) -> str | None:
-    """SHA-256 of a module's kinds of layers, parameters and buffers; None for another callable."""
-    if not isinstance(model, nn.Module):
-        return None
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        digest.update(f"{name} {type(module).__qualname__}\n".encode())
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().tobytes())
-    return digest.hexdigest()
-
-
 class Records:
     """A folder of finished outcomes, made for one model, data set and protocol."""
 
-    def __init__(self, function: str, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
-        self.function, self.folder = function, _checks.path(function, "resume", path)
+    def __init__(self, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+        self.folder = _checks.path("resume", path)
+        # As it comes back from a file, tuples as lists.
         self.header = header = json.loads(json.dumps({"format": FORMAT, **header}))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -45,56 +34,41 @@ class Records:
                 raise PermissionError(f"no permission to write in {str(self.folder)!r}")
         except OSError as error:
             raise OSError(
-                f"{function}: expected `resume` to be a folder that can be written, got {error}"
+                f"evaluate: expected `resume` to be a folder that can be written, got {error}"
             ) from error
         found = self._read("header.json")
         if found is not None and found != header:
             names = sorted(k for k in header.keys() | found.keys() if header.get(k) != found.get(k))
-            raise ValueError(
-                f"{function}: expected the {', '.join(names)} that `resume` {str(self.folder)!r} was begun "
-                f"with, got another; give another folder"
-            )
+            raise self._other(", ".join(names), "another")
 
     def begin(self, logits: Tensor) -> None:
         """Refuse a model that gives the first samples other logits than the one that began."""
         if not (self.folder / "header.json").exists():
             self._write("header.json", self.header)
-        found = self._read("probe.json")
         values = logits.detach().double().cpu()
+        found = self._read("probe.json")
         if found is None:
             self._write("probe.json", {"logits": values.tolist()})
             return
         before = torch.tensor(found["logits"], dtype=torch.float64)
-        scale = 1 + before.abs().max() if before.numel() else 1
-        if before.shape != values.shape or not bool(
-            ((before - values).abs() <= TOLERANCE * scale).all()
-        ):
-            raise ValueError(
-                f"{self.function}: expected the model and data that `resume` {str(self.folder)!r} was begun "
-                f"with, got other logits for the first samples; give another folder"
-            )
+        near = TOLERANCE * (1 + before.abs().max()) if before.numel() else 0
+        if before.shape != values.shape or bool(((before - values).abs() > near).any()):
+            raise self._other("model and data", "other logits for the first samples")
 
     def load(self, attack: str, number: int, digest: int) -> tuple[Outcome, float] | None:
-        """An outcome and its seconds, if it was finished."""
-        name = _file(attack, number)
-        found = self._read(name)
+        """Read an outcome and its seconds, if it was finished."""
+        found = self._read(_file(attack, number))
         if found is None:
             return None
         if found["data"] != f"{digest:032x}":
-            raise ValueError(
-                f"{self.function}: expected the data that `resume` {str(self.folder)!r} was begun with, got "
-                f"other samples in block {number}; give another folder"
-            )
-        return (
-            Outcome(
-                torch.tensor(found["predictions"], dtype=torch.int64),
-                torch.tensor(found["fooled_at"], dtype=torch.int64),
-                tuple(found["stages"]),
-            ),
-            found["seconds"],
+            raise self._other("data", f"other samples in block {number}")
+        predictions, fooled_at = (
+            torch.tensor(found[name], dtype=torch.int64) for name in ("predictions", "fooled_at")
         )
+        return Outcome(predictions, fooled_at, tuple(found["stages"])), found["seconds"]
 
     def save(self, attack: str, number: int, digest: int, outcome: Outcome, seconds: float) -> None:
+        """Write an outcome and its seconds."""
         content = {
             "data": f"{digest:032x}",
             "attack": attack,
@@ -105,37 +79,34 @@ class Records:
         }
         self._write(_file(attack, number), content)
 
+    def _other(self, wanted: str, came: str) -> InvalidValue:
+        return InvalidValue(
+            f"expected the {wanted} that `resume` {str(self.folder)!r} was begun with, got {came}; give "
+            f"another folder"
+        )
+
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content: dict[str, Any] = json.loads(path.read_text("utf-8"))
             sealed = content.pop("sha256")
         except (ValueError, KeyError, AttributeError, TypeError):
             content, sealed = {}, None
         if sealed != _seal(content):
-            raise ValueError(
-                f"{self.function}: expected `resume` to hold complete files, got a damaged {str(path)!r}; "
-                f"delete that file and its part is computed again"
+            raise InvalidValue(
+                f"expected `resume` to hold complete files, got a damaged {str(path)!r}; delete that file and "
+                f"its part is computed again"
             )
-        return content  # type: ignore[no-any-return]
+        return content
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        """Whatever happens on the way, the file is whole or not there."""
         path = self.folder / name
-        partial = path.with_name(f"{name}.partial")
-        text = json.dumps({**content, "sha256": _seal(content)})
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            write_file(path, json.dumps({**content, "sha256": _seal(content)}))
         except OSError as error:
-            raise OSError(
-                f"{self.function}: expected to write {str(path)!r}, got {error}"
-            ) from error
+            raise OSError(f"evaluate: expected to write {str(path)!r}, got {error}") from error
 
 
 def _seal(content: dict[str, Any]) -> str:
@@ -143,7 +114,7 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def _file(attack: str, number: int) -> str:
-    """A file's name: that of the attack made safe, told apart by a digest of the real one."""
+    """Name of a file: that of the attack made safe, told apart by a digest of the real one."""
     safe = re.sub(r"[^A-Za-z0-9-]", "_", attack)[:40]
     mark = hashlib.blake2b(attack.encode(), digest_size=4).hexdigest()
     return f"{safe}-{mark}-{number:06d}.json"

@@ -4,57 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ferdlib import _oldchecks as _checks
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue, public
 from ferdlib._modes import borrowed
-from ferdlib.attacks.ascent import Ascent, Model, checked_bounds
+from ferdlib.attacks import pgd
+from ferdlib.attacks.ascent import Model, checked_bounds
 from ferdlib.attacks.autoattack import square
-from ferdlib.evaluation.batches import Batches
-from ferdlib.evaluation.data import Block, Stream, device_of
-from ferdlib.evaluation.outcome import Setting, attacked
-from ferdlib.evaluation.paired import mcnemar
+from ferdlib.evaluation.attack import Setting, attacked
 from ferdlib.evaluation.protocols import AttackSpec, Protocol, resolve_protocol
+from ferdlib.evaluation.report import Finding, RobustnessReport
+from ferdlib.evaluation.samples import Block, Samples, device_of
 from ferdlib.losses import cross_entropy
+from ferdlib.stats import mcnemar
 
-if TYPE_CHECKING:
-    from ferdlib.evaluation.report import RobustnessReport
-
-SAMPLES = 256  # of all classes together, and at least two of each
-QUERIES = 500  # of the black-box attack, where the report has none
-SQUARE_SHARE = 0.002  # that is AutoAttack's own limit for its warning
+# Samples of all classes together; at least two are taken of each.
+SAMPLES = 256
+# Queries of the black-box attack, where the report has none.
+QUERIES = 500
+# Share of samples that Square may find after the others: AutoAttack's own limit for its warning.
+SQUARE_SHARE = 0.002
 ZERO_SHARE = 0.05
 LEVEL = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One trust check and its evidence.
-
-    Attributes:
-        check: what should hold.
-        verdict: "fine", "doubtful" (the robustness may be overestimated), or "not checked".
-        evidence: the numbers, in a sentence.
-
-    Example:
-        >>> print(Finding(check="the model is deterministic", verdict="fine", evidence="two passes agree"))
-        fine: the model is deterministic (two passes agree)
-    """
-
-    check: str
-    verdict: Literal["fine", "doubtful", "not checked"]
-    evidence: str
-
-    def __str__(self) -> str:
-        return f"{self.verdict}: {self.check} ({self.evidence})"
-
-
-class Sample:
+class FewOfEach:
     """The first few samples of each class, as they pass by."""
 
     def __init__(self, num_classes: int) -> None:
@@ -62,6 +42,7 @@ class Sample:
         self.blocks: list[Block] = []
 
     def add(self, block: Block) -> None:
+        """Keep those that there is room for."""
         chosen = []
         for i, label in enumerate(block.targets.tolist()):
             if self.room[label] > 0:
@@ -71,9 +52,12 @@ class Sample:
             self.blocks.append(block[torch.tensor(chosen)])
 
     def data(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([b.x for b in self.blocks]), torch.cat([b.targets for b in self.blocks])
+        """Images and labels."""
+        whole = Block.joined(self.blocks)
+        return whole.x, whole.targets
 
 
+@public
 def trust_checks(
     model: Model,
     data: Any,
@@ -87,11 +71,11 @@ def trust_checks(
 ) -> tuple[Finding, ...]:
     """Look for the usual reasons why a robust accuracy is too good to be true.
 
-    On the model: it came in eval mode; it is deterministic; its outputs are logits; its input gradients are
-    not zero; the loss rises along the attack; robust accuracy falls to zero as the radius grows; black-box
-    Square finds nothing that PGD and CW missed. On a report: no weaker attack beats a stronger one,
-    AutoAttack is not above PGD, Square finds nothing after the gradient attacks. And on the images: they are
-    inside the bounds, without which the checks with attacks are left out. None of these proves robustness.
+    On the model: it came in eval mode; it is deterministic; its outputs are logits; its input gradients are not
+    zero; the loss rises along the attack; robust accuracy falls to zero as the radius grows; black-box Square
+    finds nothing that PGD and CW missed. On a report: no weaker attack beats a stronger one, AutoAttack is not
+    above PGD, Square finds nothing after the gradient attacks. And on the images: they are inside the bounds,
+    without which the checks with attacks are left out. None of these proves robustness.
 
     Args:
         model: any callable from images to logits `(N, K)`.
@@ -101,7 +85,7 @@ def trust_checks(
         bounds: smallest and largest pixel value.
         report: of `evaluate` on this model, for the checks that compare attacks.
         batch_size: samples at a time, where `data` is not a DataLoader.
-        device: where the samples go; None takes that of the model's first parameter.
+        device: of the samples; None takes that of the model's first parameter.
 
     Returns:
         The findings, the doubtful ones first.
@@ -119,123 +103,103 @@ def trust_checks(
         ...         print(finding)
         doubtful: the outputs are logits (all are in [0, 1] and sum to 1 per sample: a softmax is inside)
     """
-    function = "trust_checks"
-    _checks.callable_(function, "model", model)
-    protocol = resolve_protocol(function, protocol)
-    _checks.integer(function, "num_classes", num_classes, low=2)
+    _checks.callable_(model=model)
+    protocol = resolve_protocol(protocol)
+    _checks.integer(2, num_classes=num_classes)
+    _checks.integer(1, batch_size=batch_size)
     low, high = checked_bounds(bounds)
-    _checks.integer(function, "batch_size", batch_size, low=1)
-    from ferdlib.evaluation.report import RobustnessReport  # which has findings itself
-
-    if report is not None and not isinstance(report, RobustnessReport):
-        raise TypeError(
-            f"{function}: expected `report` to be a RobustnessReport, got {_checks.got(report)}"
-        )
-    sample = Sample(num_classes)
+    if report is not None:
+        _checks.instance(RobustnessReport, report=report)
+    where = device_of(model) if device is None else _checks.device(device)
+    few = FewOfEach(num_classes)
     findings = [_eval_mode(model)]
     with torch.inference_mode(False), borrowed(model):
-        for block in Stream(function, data, batch_size).blocks(batch_size):
-            _checks.labels(
-                function, block.targets.cpu(), num_classes=num_classes, argument="labels of data"
-            )
-            sample.add(block)
-        if not sample.blocks:
-            raise ValueError(f"{function}: expected `data` with at least one sample, got none")
-        x, y = sample.data()
+        for block in Samples(data, batch_size, num_classes).blocks(batch_size):
+            few.add(block)
+        if not few.blocks:
+            raise InvalidValue("expected `data` with at least one sample, got none")
+        x, y = few.data()
         if not bool(x.isfinite().all()):
-            raise ValueError(f"{function}: expected finite images `data`, got NaN or infinity")
-        where = _checks.device(function, device) if device is not None else device_of(model)
+            raise InvalidValue("expected finite images `data`, got NaN or infinity")
         block = Block(torch.arange(len(x)), x, y).to(where)
-        batches = Batches(function, batch_size)
-        setting = Setting(function, model, num_classes, (low, high), protocol.seed, batches, {})
-        findings += list(_of_model(setting, block, _pgd_of(protocol, high - low), report))
+        setting = Setting(model, num_classes, (low, high), protocol.seed, batch_size)
+        findings += _of_model(setting, block, _pgd_of(protocol, high - low), report)
     if report is not None:
-        findings += list(_of_report(report))
-    order = {"doubtful": 0, "fine": 1, "not checked": 2}
-    return tuple(sorted(findings, key=lambda finding: order[finding.verdict]))
+        findings += _of_report(report)
+    order = ("doubtful", "fine", "not checked")
+    return tuple(sorted(findings, key=lambda finding: order.index(finding.verdict)))
 
 
 def _finding(check: str, fine: bool, evidence: str) -> Finding:
     return Finding(check=check, verdict="fine" if fine else "doubtful", evidence=evidence)
 
 
+def _not_checked(check: str, evidence: str) -> Finding:
+    return Finding(check=check, verdict="not checked", evidence=evidence)
+
+
 def _eval_mode(model: object) -> Finding:
     check = "the model came in eval mode"
     if not isinstance(model, nn.Module):
-        return Finding(check=check, verdict="not checked", evidence="it is a plain callable")
+        return _not_checked(check, "it is a plain callable")
     training = [name or "the model" for name, m in model.named_modules() if m.training]
     if not training:
         return _finding(check, True, "no module was in train mode")
-    return _finding(
-        check,
-        False,
-        f"{len(training)} modules were in train mode, {training[0]!r} first; run in eval mode",
-    )
+    first = f"{len(training)} modules were in train mode, {training[0]!r} first; run in eval mode"
+    return _finding(check, False, first)
 
 
 def _pgd_of(protocol: Protocol, width: float) -> AttackSpec:
     """PGD as the protocol has it, or with its radius."""
-    several = [a for a in protocol.attacks if a.kind == "pgd" and (a.steps or 0) > 1]
-    if several:
-        return several[0]
-    eps = max(attack.eps for attack in protocol.attacks)
+    for spec in protocol.attacks:
+        if spec.kind == "pgd" and (spec.steps or 0) > 1:
+            return spec
+    eps = max(spec.eps for spec in protocol.attacks)
     return AttackSpec(name="PGD-20", kind="pgd", eps=eps, step_size=min(eps, width) / 4, steps=20)
 
 
 def _of_model(
-    setting: Setting, block: Block, pgd: AttackSpec, report: RobustnessReport | None
+    setting: Setting, block: Block, attack: AttackSpec, report: RobustnessReport | None
 ) -> Iterator[Finding]:
     x, (low, high) = block.x, setting.bounds
     inside = bool(((x >= low) & (x <= high)).all())
-    yield _finding(
-        "the images are inside the bounds",
-        inside,
-        f"values in [{x.min():g}, {x.max():g}], bounds [{low:g}, {high:g}]"
-        + ("" if inside else "; put normalisation inside the model"),
+    evidence = f"values in [{x.min():g}, {x.max():g}], bounds [{low:g}, {high:g}]"
+    evidence += "" if inside else "; put normalisation inside the model"
+    yield _finding("the images are inside the bounds", inside, evidence)
+    once, twice = (
+        torch.cat(setting.over(block, lambda batch: setting.logits(batch.x).float()))
+        for _ in range(2)
     )
-    once, twice = (_logits(setting, block) for _ in range(2))
     apart = float((once - twice).abs().max())
     yield _finding(
         "the model is deterministic",
         apart <= 1e-5 * (1 + float(once.abs().max())),
         f"logits of two passes over {len(block)} images differ by at most {apart:.1g}",
     )
-    softmax = bool(((once >= 0) & (once <= 1)).all()) and bool(
-        ((once.sum(dim=1) - 1).abs() < 1e-4).all()
-    )
-    yield _finding(
-        "the outputs are logits",
-        not softmax,
-        "all are in [0, 1] and sum to 1 per sample: a softmax is inside"
-        if softmax
-        else f"values in [{once.min():.3g}, {once.max():.3g}]",
-    )
+    positive = bool(((once >= 0) & (once <= 1)).all())
+    softmax = positive and bool(((once.sum(dim=1) - 1).abs() < 1e-4).all())
+    evidence = f"values in [{once.min():.3g}, {once.max():.3g}]"
+    if softmax:
+        evidence = "all are in [0, 1] and sum to 1 per sample: a softmax is inside"
+    yield _finding("the outputs are logits", not softmax, evidence)
     if not inside:
-        evidence = "images outside the bounds cannot be attacked"
-        yield Finding(check="the attacks work", verdict="not checked", evidence=evidence)
+        yield _not_checked("the attacks work", "images outside the bounds cannot be attacked")
         return
-    gradients = _gradients(setting, block)
-    if gradients is None:
-        yield _finding(
-            "the gradients are not zero", False, "the logits have none: are they detached?"
-        )
-        evidence = "without gradients there is no attack"
-        yield Finding(check="the attacks work", verdict="not checked", evidence=evidence)
+    zero = _zero_gradients(setting, block)
+    if zero is None:
+        evidence = "the logits have none: are they detached?"
+        yield _finding("the gradients are not zero", False, evidence)
+        yield _not_checked("the attacks work", "without gradients there is no attack")
         return
-    yield gradients
-    yield _rising(setting, block, pgd)
-    yield _falling(setting, block, pgd)
+    yield _gradients(setting, block, zero)
+    yield _rising(setting, block, attack)
+    yield _falling(setting, block, attack)
     has_square = report is not None and any("square" in s for s in report.stages.values())
-    if not has_square and setting.bounds == (0.0, 1.0) and pgd.eps > 0:
-        yield _black_box(setting, block, pgd)
+    if not has_square and setting.bounds == (0.0, 1.0) and attack.eps > 0:
+        yield _black_box(setting, block, attack)
 
 
-def _logits(setting: Setting, block: Block) -> Tensor:
-    parts = setting.batches.over(block, lambda batch: setting.logits(batch.x).float())
-    return torch.cat(parts)
-
-
-def _gradients(setting: Setting, block: Block) -> Finding | None:
+def _zero_gradients(setting: Setting, block: Block) -> Tensor | None:
     """Samples whose gradient gives an attack no direction; None if the model cannot be differentiated."""
 
     def zero(batch: Block) -> Tensor | None:
@@ -248,25 +212,27 @@ def _gradients(setting: Setting, block: Block) -> Finding | None:
             (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
         return None if gradient is None else (gradient == 0).flatten(1).all(dim=1)
 
-    found = setting.batches.over(block, zero)
+    found = setting.over(block, zero)
     parts = [part for part in found if part is not None]
-    if len(parts) < len(found):
-        return None
-    none = torch.cat(parts).cpu()
+    return torch.cat(parts).cpu() if len(parts) == len(found) else None
+
+
+def _gradients(setting: Setting, block: Block, zero: Tensor) -> Finding:
+    """Share of zero gradients by class: a share of all samples would hide a single class."""
     y = block.targets.cpu()
     counts = torch.bincount(y, minlength=setting.num_classes)
-    share = torch.bincount(y[none], minlength=setting.num_classes) / counts
+    share = torch.bincount(y[zero], minlength=setting.num_classes) / counts
     worst = int(share.nan_to_num(nan=-1.0).argmax())
     return _finding(
         "the gradients are not zero",
-        float(share.nan_to_num(nan=0.0).max()) <= ZERO_SHARE,
-        f"zero for {int(none.sum())} of {len(none)} images; most in class {worst}, {share[worst]:.0%}",
+        float(share[worst]) <= ZERO_SHARE,
+        f"zero for {int(zero.sum())} of {len(zero)} images; most in class {worst}, {share[worst]:.0%}",
     )
 
 
-def _rising(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
-    """The mean loss along the attack's iterates."""
-    steps = pgd.steps or 0
+def _rising(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
+    """Mean loss along the attack's iterates."""
+    steps = attack.steps or 0
     rng = torch.Generator().manual_seed(setting.seed)
 
     def along(batch: Block) -> Tensor:
@@ -275,86 +241,85 @@ def _rising(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
         def watch(step: int, _: Tensor, logits: Any) -> None:
             sums[step] = cross_entropy(logits, batch.targets).sum()
 
-        step_size = pgd.step_size or 0.0
-        bounds = setting.bounds
-        ascent = Ascent(
-            setting.model, batch.x, pgd.eps, step_size, steps, "uniform", bounds, rng=rng
+        pgd(
+            setting.model,
+            batch.x,
+            batch.targets,
+            eps=attack.eps,
+            step_size=attack.step_size or 0.0,
+            steps=steps,
+            bounds=setting.bounds,
+            rng=rng,
+            on_step=watch,
         )
-        ascent.run(cross_entropy, batch.targets, on_step=watch)
         return sums
 
-    sums = torch.stack(setting.batches.over(block, along)).sum(dim=0)
+    sums = torch.stack(setting.over(block, along)).sum(dim=0)
     loss = (sums / len(block)).tolist()
     shown = sorted({0, steps // 4, steps // 2, steps - 1})
     values = ", ".join(f"{loss[t]:.3g} at x^({t})" for t in shown)
+    below = all(loss[t] <= loss[-1] * 1.01 + 1e-6 for t in shown)
     return _finding(
         "the loss rises along the attack",
-        all(loss[t] <= loss[steps - 1] * 1.01 + 1e-6 for t in shown) and loss[-1] > loss[0],
+        below and loss[-1] > loss[0],
         f"mean cross-entropy {values}",
     )
 
 
-def _falling(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
+def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     """Robust accuracy at growing radii, up to one at which every image can become any other."""
     width = setting.bounds[1] - setting.bounds[0]
-    radii = sorted({min(width, factor * pgd.eps) for factor in (1, 2, 4, 8)} | {width})
+    radii = sorted({min(width, factor * attack.eps) for factor in (1, 2, 4, 8)} | {width})
     accuracies = []
     for eps in radii:
-        spec = AttackSpec(
-            name="PGD", kind="pgd", eps=eps, step_size=eps / 4, steps=pgd.steps, judge="any"
-        )
+        spec = replace(attack, eps=eps, step_size=eps / 4, start="uniform", restarts=1, judge="any")
         found = attacked(setting, spec, block).predictions
         accuracies.append(float((found == block.targets.cpu()).double().mean()))
-    values = ", ".join(f"{a:.1%} at {eps:.3g}" for a, eps in zip(accuracies, radii, strict=True))
     slack = 0.01
     falls = all(b <= a + slack for a, b in pairwise(accuracies))
     return _finding(
         "robust accuracy falls to zero as the radius grows",
         falls and accuracies[-1] <= slack,
-        values,
+        ", ".join(f"{a:.1%} at {eps:.3g}" for a, eps in zip(accuracies, radii, strict=True)),
     )
 
 
-def _black_box(setting: Setting, block: Block, pgd: AttackSpec) -> Finding:
+def _black_box(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     """Square with few queries on what PGD and CW left; it climbs the margin, as CW does."""
     left = torch.ones(len(block), dtype=torch.bool)
-    for spec in (pgd, replace(pgd, kind="cw")):
+    for spec in (attack, replace(attack, kind="cw")):
         left &= attacked(setting, spec, block).predictions == block.targets.cpu()
     at = left.nonzero().squeeze(1).to(block.x.device)
     found = 0
     if len(at):
-        robust = square(
-            setting.model,
-            block.x[at],
-            block.targets[at],
-            eps=pgd.eps,
-            queries=QUERIES,
-            seed=setting.seed,
-        )
+        x, y = block.x[at], block.targets[at]
+        robust = square(setting.model, x, y, eps=attack.eps, queries=QUERIES, seed=setting.seed)
         found = len(at) - int(robust.sum())
     return _finding(
         "black-box Square finds nothing that gradients missed",
-        found < max(2, math.ceil(SQUARE_SHARE * len(block))),
+        _few(found, len(block)),
         f"{QUERIES} queries fooled {found} of the {len(at)} images that PGD and CW left",
     )
 
 
+def _few(found: int, samples: int) -> bool:
+    return found < max(2, math.ceil(SQUARE_SHARE * samples))
+
+
 def _of_report(report: RobustnessReport) -> Iterator[Finding]:
-    robust = {name: report[name].robust for name in report.predictions}
-    specs = {attack.name: attack for attack in report.protocol.attacks}
-    for weak in specs.values():
-        for strong in specs.values():
+    specs = report.protocol.attacks
+    for weak in specs:
+        for strong in specs:
             if _weaker(weak, strong):
-                yield _ordered(report, robust, weak.name, strong.name)
-    for spec in specs.values():
-        if spec.kind == "autoattack" and "square" in report.stages[spec.name]:
-            stage = report.stages[spec.name].index("square")
-            found = report.fooled_at[spec.name] == stage
+                yield _ordered(report, weak.name, strong.name)
+    for name in (spec.name for spec in specs if spec.kind == "autoattack"):
+        if "square" in report.stages[name]:
+            found = report.fooled_at[name] == report.stages[name].index("square")
             by_class = torch.bincount(report.targets[found], minlength=report.num_classes)
             most = int(by_class.argmax())
             yield _finding(
-                f"{spec.name}'s black-box Square finds nothing that its gradient attacks missed",
-                int(found.sum()) < max(2, math.ceil(SQUARE_SHARE * len(report))),
+                f"{name}'s black-box Square finds nothing that its gradient attacks missed",
+                _few(int(found.sum()), len(report)),
                 f"it fooled {int(found.sum())} of {len(report)} images after them; most in class "
                 f"{report.class_names[most]}, {int(by_class[most])}",
             )
@@ -362,24 +327,25 @@ def _of_report(report: RobustnessReport) -> Iterator[Finding]:
 
 def _weaker(weak: AttackSpec, strong: AttackSpec) -> bool:
     """Whether the second attack does all that the first does, and more."""
-    if strong.kind == "autoattack":  # on survivors it cannot lose
-        return weak.iterated and weak.eps <= strong.eps and not strong.survivors
-    if not (weak.iterated and strong.kind == weak.kind and weak.eps <= strong.eps):
+    if not weak.iterated or weak.eps > strong.eps:
         return False
-    more = (strong.steps or 0) > (weak.steps or 0) or strong.restarts > weak.restarts
-    return more and (strong.steps or 0) >= (weak.steps or 0) and strong.restarts >= weak.restarts
+    if strong.kind == "autoattack":
+        # On survivors it cannot lose.
+        return not strong.survivors
+    mine, theirs = (weak.steps or 0, weak.restarts), (strong.steps or 0, strong.restarts)
+    no_less = all(b >= a for a, b in zip(mine, theirs, strict=True))
+    return strong.kind == weak.kind and no_less and mine != theirs
 
 
-def _ordered(
-    report: RobustnessReport, robust: dict[str, Tensor], weak: str, strong: str
-) -> Finding:
-    only_weak = (~robust[weak] & robust[strong]).sum().reshape(1)
-    only_strong = (robust[weak] & ~robust[strong]).sum().reshape(1)
+def _ordered(report: RobustnessReport, weak: str, strong: str) -> Finding:
+    one, two = report[weak], report[strong]
+    only_weak = (~one.robust & two.robust).sum().reshape(1)
+    only_strong = (one.robust & ~two.robust).sum().reshape(1)
     p = float(mcnemar(only_weak, only_strong))
     doubtful = bool(only_weak > only_strong) and p < LEVEL
     return _finding(
         f"{strong} is at least as strong as {weak}",
         not doubtful,
-        f"average {report[strong].average:.2%} against {report[weak].average:.2%}; {int(only_weak)} images "
-        f"fooled by {weak} alone, {int(only_strong)} by {strong} alone, p {p:.2g}",
+        f"average {two.average:.2%} against {one.average:.2%}; {int(only_weak)} images fooled by {weak} alone, "
+        f"{int(only_strong)} by {strong} alone, p {p:.2g}",
     )

@@ -1,0 +1,205 @@
+"""Samples with their index, in blocks, and noise that belongs to a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from ferdlib import _checks
+from ferdlib._checks import InvalidType, InvalidValue, got
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+# Their order is the same each time that they are asked.
+REPEATABLE = (SequentialSampler, DistributedSampler, Sequence)
+
+# SplitMix64 (Steele, Lea and Flood 2014), its unsigned constants as int64, whose products wrap around.
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+FIRST = 0xBF58476D1CE4E5B9 - 2**64
+SECOND = 0x94D049BB133111EB - 2**64
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive samples: index `(N,)` on the CPU, images `(N, C, H, W)`, labels `(N,)`."""
+
+    index: Tensor
+    x: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, part: slice | Tensor) -> Block:
+        """Take some of the samples: a slice, or their positions on the CPU."""
+        return Block(self.index[part], self.x[part], self.targets[part])
+
+    def to(self, device: torch.device) -> Block:
+        """Move images and labels."""
+        return Block(self.index, self.x.to(device), self.targets.to(device))
+
+    def digest(self) -> int:
+        """Digest of indices, labels and pixels; those of disjoint blocks add up modulo 2**128."""
+        pixels = self.x.detach().cpu().contiguous()
+        dtype = str(pixels.dtype).encode()
+        total = 0
+        for index, label, image in zip(
+            self.index.tolist(), self.targets.tolist(), pixels, strict=True
+        ):
+            digest = hashlib.blake2b(f"{index} {label} ".encode() + dtype, digest_size=16)
+            digest.update(image.view(torch.uint8).numpy())
+            total += int.from_bytes(digest.digest(), "big")
+        return total % 2**128
+
+    @staticmethod
+    def joined(blocks: Sequence[Block]) -> Block:
+        """Put blocks together."""
+        if len(blocks) == 1:
+            return blocks[0]
+        parts = zip(*((b.index, b.x, b.targets) for b in blocks), strict=True)
+        return Block(*map(torch.cat, parts))
+
+
+class Samples:
+    """The samples of a pair of tensors, a data set or a loader, in their order.
+
+    The index of a sample is its place in the data set (a `Subset`'s in the whole), where the order is known
+    beforehand: for tensors, a data set, and a loader that is sequential or has a `DistributedSampler`. For other
+    iterables it is the running number. A loader that shuffles is refused: it would number the samples differently
+    each time.
+
+    Attributes:
+        index: int64 of all samples, None if only the running number is known.
+        batch_size: the loader's, or the given one.
+    """
+
+    def __init__(self, data: Any, batch_size: int, num_classes: int) -> None:
+        self.num_classes, self.batch_size = num_classes, batch_size
+        self.index: Tensor | None = None
+        if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+            # One batch, of which `blocks` cuts what it needs.
+            self.batches: Iterable[Any] = [data]
+            self.index = torch.arange(len(data[0]))
+            return
+        if isinstance(data, Dataset):
+            # With a generator of its own, because a loader draws a seed from the global one.
+            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
+        if not isinstance(data, Iterable):
+            raise InvalidType(
+                f"expected `data` to be a DataLoader, a Dataset or a pair of tensors, got {got(data)}"
+            )
+        self.batches, self.batch_size = data, getattr(data, "batch_size", None) or batch_size
+        if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+            self.index = _known_order(data)
+
+    def blocks(self, size: int) -> Iterator[Block]:
+        """Yield blocks of `size` samples, the last one smaller."""
+        held: list[Block] = []
+        for block in self._checked():
+            held.append(block)
+            while sum(map(len, held)) >= size:
+                joined = Block.joined(held)
+                yield joined[:size]
+                rest = joined[size:]
+                held = [rest] if len(rest) else []
+        if held:
+            yield Block.joined(held)
+
+    def _checked(self) -> Iterator[Block]:
+        done = 0
+        for batch in self.batches:
+            if not isinstance(batch, Sequence) or len(batch) != 2:
+                raise InvalidType(
+                    f"expected batches of `data` to be pairs of images and labels, got {got(batch)}"
+                )
+            x, targets = batch
+            block = self._block(x, targets, done)
+            done += len(block)
+            if len(block):
+                yield block
+
+    def _block(self, x: Tensor, targets: Tensor, done: int) -> Block:
+        _checks.images(data=x)
+        _checks.tensor(**{"labels of data": targets})
+        # On the host, where their range can be read.
+        labels = targets.cpu()
+        _checks.labels(num_classes=self.num_classes, **{"labels of data": labels})
+        if len(labels) != len(x):
+            raise InvalidValue(f"expected {len(x)} `labels of data`, got {len(labels)}")
+        index = torch.arange(done, done + len(x))
+        # A tensor of `torch.inference_mode` cannot take part in autograd; its copy can.
+        x, labels = (v.clone() if v.is_inference() else v for v in (x, labels))
+        return Block(index if self.index is None else self.index[index], x, labels)
+
+
+def _known_order(loader: DataLoader[Any]) -> Tensor | None:
+    """Index of each sample of a loader, None where its batches are not those of a known sampler."""
+    if not isinstance(loader.batch_sampler, BatchSampler):
+        return None
+    sampler = loader.batch_sampler.sampler
+    if isinstance(sampler, RANDOM):
+        raise InvalidValue(
+            f"expected `data` in a fixed order, got a DataLoader with a {type(sampler).__name__}; give its "
+            f"data set, or a loader with shuffle=False"
+        )
+    if not isinstance(sampler, REPEATABLE):
+        return None
+    index = torch.tensor([_original(loader.dataset, i) for i in sampler], dtype=torch.int64)
+    if len(index.unique()) < len(index):
+        raise InvalidValue("expected `data` to hold each sample once, got an index twice")
+    return index
+
+
+def _original(dataset: Dataset[Any], index: int) -> int:
+    """Index in the data set that the subsets were taken of."""
+    if isinstance(dataset, Subset):
+        return _original(dataset.dataset, int(dataset.indices[index]))
+    return index
+
+
+def device_of(model: object) -> torch.device:
+    """Device of a module's first parameter; the CPU for another callable."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def uniform_noise(seed: int, restart: int, index: Tensor, shape: torch.Size) -> Tensor:
+    """Float64 in (0, 1), a stream of its own for each index, `(N, *shape)`, on the index's device.
+
+    A pure function of seed, restart, index and pixel, in whole numbers all the way, so that every device and
+    every batch gives the same.
+    """
+    pixels = torch.arange(1, shape.numel() + 1, device=index.device)
+    key = torch.zeros_like(index)
+    for word in (seed % 2**63, restart, index):
+        key = splitmix(key + word + GAMMA)
+    bits = splitmix(key[:, None] + pixels * GAMMA)
+    return ((_shifted(bits, 11).double() + 0.5) * 2.0**-53).reshape(-1, *shape)
+
+
+def splitmix(z: Tensor) -> Tensor:
+    """SplitMix64's output function of int64 states."""
+    z = (z ^ _shifted(z, 30)) * FIRST
+    z = (z ^ _shifted(z, 27)) * SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """Shift to the right, with zeros from the left, where torch would copy the sign."""
+    return (z >> by) & ((1 << (64 - by)) - 1)

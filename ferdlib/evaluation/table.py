@@ -1,0 +1,178 @@
+"""Rows of strings as tables of a terminal, of Markdown, LaTeX and CSV; and class-wise results as such rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from ferdlib.evaluation.result import AttackResult
+
+Rows = Sequence[Sequence[str]]
+Worst = Literal["class", "10%"]
+
+FIELDS = ("attack", "class", "samples", "correct", "accuracy", "low", "high")
+# The worst 10 % of so many rows is the worst row.
+FEW_ROWS = 10
+# Of more rows, only the ten worst are shown.
+ROWS_SHOWN, ROWS_OF_MANY = 20, 10
+
+
+def aligned(rows: Rows) -> str:
+    """Table of a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def piped(rows: Rows) -> str:
+    """Table of Markdown; a first cell that is indented stays so."""
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (cell.replace("|", r"\|") for cell in cells)
+        if first.startswith("  "):
+            first = first.replace("  ", "&nbsp;&nbsp;", 1)
+        return "| " + " | ".join([first, *others]) + " |"
+
+    heading, *others = map(line, rows)
+    return "\n".join([heading, "|---|" + "---:|" * (len(rows[0]) - 1), *others])
+
+
+def comma_separated(rows: Iterable[Iterable[object]]) -> str:
+    """Lines of CSV; numbers in full, a NaN as nothing."""
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        out.writerow("" if isinstance(v, float) and math.isnan(v) else v for v in row)
+    return text.getvalue()
+
+
+def booktabs(groups: Sequence[str], heading: Sequence[str], rows: Rows) -> str:
+    """Tabular of LaTeX for the booktabs package, in the papers' layout.
+
+    Each group has three columns: average, worst, and a third where less is better. The best of several rows is
+    bold and the second best underlined.
+    """
+    top = " & ".join(rf"\multicolumn{{3}}{{c}}{{{_tex(group)}}}" for group in groups)
+    rules = "".join(rf"\cmidrule(lr){{{3 * k + 2}-{3 * k + 4}}}" for k in range(len(groups)))
+    lines = [
+        rf"\begin{{tabular}}{{l{'rrr' * len(groups)}}}",
+        r"\toprule",
+        rf" & {top} \\",
+        rules,
+        rf"{' & '.join(map(_tex, heading))} \\",
+        r"\midrule",
+    ]
+    marked = [_marked([row[i] for row in rows], less=i % 3 == 0) for i in range(1, len(heading))]
+    for (name, *_), *cells in zip(rows, *marked, strict=True):
+        lines.append(rf"{' & '.join([_tex(name), *cells])} \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _marked(column: Sequence[str], *, less: bool) -> list[str]:
+    """Mark the best and the second best of a column; ties rank alike."""
+    values = [math.nan if cell == "-" else float(cell) for cell in column]
+    ranked = sorted({v for v in values if not math.isnan(v)}, reverse=not less)
+    marks = {}
+    if len(column) > 1:
+        marks = dict(zip(ranked, (r"\textbf{%s}", r"\underline{%s}"), strict=False))
+    return [
+        marks.get(value, "%s") % cell.replace("-", "--")
+        for value, cell in zip(values, column, strict=True)
+    ]
+
+
+def _tex(text: str) -> str:
+    escaped = {mark: rf"\{mark}" for mark in "&%$#_{}"}
+    escaped |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(escaped.get(mark, mark) for mark in text)
+
+
+def number(value: float, digits: int) -> str:
+    """Decimals of a number, "-" for NaN."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _with_interval(value: float, interval: Tensor, digits: int) -> str:
+    low, high = interval.tolist()
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def figure_rows(results: Iterable[tuple[str, AttackResult]]) -> Rows:
+    """Average, worst class, worst 10 %, NSD and target entropy of each result, under its heading."""
+    rows: list[list[str]] = []
+    for heading, found in results:
+        many = len(found.row_names) > FEW_ROWS
+        rows = rows or [
+            ["", "average", "worst class", "", *["worst 10 %"] * many, "NSD", "target entropy"]
+        ]
+        row = [
+            heading,
+            _with_interval(100 * found.average, 100 * found.average_interval, 1),
+            _with_interval(100 * found.worst_class, 100 * found.worst_class_interval, 1),
+            found.worst_name,
+        ]
+        if many:
+            row.append(_with_interval(100 * found.worst_10, 100 * found.worst_10_interval, 1))
+        row.append(_with_interval(found.nsd, found.nsd_interval, 3))
+        row.append(number(float(found.target_entropy.nanmean()), 2))
+        rows.append(row)
+    return rows
+
+
+def class_rows(results: Mapping[str, AttackResult], title: str) -> Rows:
+    """Accuracy of each row under each attack; of many rows the worst under the last."""
+    last = list(results.values())[-1]
+    order: Sequence[int] = range(len(last.row_names))
+    if len(order) > ROWS_SHOWN:
+        worst_first = last.class_accuracy.nan_to_num(nan=2.0).argsort(stable=True)
+        order = worst_first[:ROWS_OF_MANY].tolist()
+        title = f"{len(order)} worst of {len(last.row_names)}"
+    rows = [[title, "samples", *results]]
+    for k in order:
+        accuracies = [number(100 * float(f.class_accuracy[k]), 1) for f in results.values()]
+        rows.append([last.row_names[k], str(int(last.totals[k])), *accuracies])
+    return rows
+
+
+def class_lines(results: Mapping[str, AttackResult]) -> list[tuple[object, ...]]:
+    """Counts, accuracy and Wilson bounds of each row under each attack, as in `FIELDS`."""
+    lines: list[tuple[object, ...]] = []
+    for column, found in results.items():
+        figures = (found.totals, found.correct, found.class_accuracy, *found.class_interval.T)
+        rows = zip(found.row_names, *(values.tolist() for values in figures), strict=True)
+        lines += [(column, *row) for row in rows]
+    return lines
+
+
+def paper_figures(found: AttackResult, worst: Worst) -> tuple[float, float, float]:
+    """Average, worst and NSD of a result, as fractions."""
+    return found.average, found.worst_class if worst == "class" else found.worst_10, found.nsd
+
+
+def paper_rows(models: Mapping[str, Mapping[str, AttackResult]], worst: Worst) -> Rows:
+    """Rows of the papers' tables: average and worst in %, and NSD, of each model under each attack."""
+    rows = []
+    for name, results in models.items():
+        row = [name]
+        for found in results.values():
+            average, least, nsd = paper_figures(found, worst)
+            row += [number(100 * average, 2), number(100 * least, 2), number(nsd, 3)]
+        rows.append(row)
+    return rows
+
+
+def paper_latex(models: Mapping[str, Mapping[str, AttackResult]], worst: Worst) -> str:
+    """The papers' table in LaTeX."""
+    columns = list(next(iter(models.values())))
+    title = "Worst" if worst == "class" else "Worst-10%"
+    heading = ["Method", *["Avg.", title, "NSD"] * len(columns)]
+    return booktabs(columns, heading, paper_rows(models, worst))
