@@ -116,7 +116,7 @@ def worst_class_interval(correct: Tensor, totals: Tensor, *, confidence: float =
         tensor([0.3339, 0.6661], dtype=torch.float64)
     """
     limits = _simultaneous(*_counts(correct, totals, confidence, least=2), confidence)
-    return torch.stack([metrics.worst_class(limit) for limit in limits.T])
+    return metrics.worst_class(limits.T)
 
 
 @public
@@ -139,7 +139,7 @@ def worst_fraction_interval(
     _checks.positive(fraction=fraction)
     _checks.real(0, 1, fraction=fraction)
     limits = _simultaneous(*_counts(correct, totals, confidence, least=2), confidence)
-    return torch.stack([metrics.worst_fraction(limit, fraction) for limit in limits.T])
+    return metrics.worst_fraction(limits.T, fraction)
 
 
 @public
@@ -353,25 +353,10 @@ def paired_permutation(
     n, both, discordant = (counts[n > 0] for counts in (n, both, only_a + only_b))
     smaller = 0
     for to_a in _binomials(discordant, torch.full_like(discordant, 0.5), draws, seed):
-        drawn = _drawn(figure, (both + to_a) / n)
-        drawn -= _drawn(figure, (both + discordant - to_a) / n)
+        drawn = f((both + to_a) / n) - f((both + discordant - to_a) / n)
         # Up to rounding. A draw that leaves one model without an NSD counts against the difference.
         smaller += int((drawn.abs() < abs(difference) - 1e-12).sum())
     return difference, (1 + draws - smaller) / (draws + 1)
-
-
-def _drawn(figure: Figure, acc: Tensor) -> Tensor:
-    """Figure of each draw `(draws, K)`, without absent classes."""
-    match figure:
-        case "average":
-            return acc.mean(dim=1)
-        case "worst_class":
-            return acc.amin(dim=1)
-        case "worst_fraction":
-            tenth = math.ceil(acc.shape[1] / 10)
-            return acc.topk(tenth, dim=1, largest=False).values.mean(dim=1)
-        case "nsd":
-            return acc.std(dim=1, correction=0) / acc.mean(dim=1)
 
 
 def _simultaneous(x: Tensor, n: Tensor, confidence: float) -> Tensor:
