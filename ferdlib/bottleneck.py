@@ -56,23 +56,24 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
     _checks.instance(str, layer_name=layer_name)
     names = [name for name, _ in model.named_modules() if name]
     if layer_name not in names:
+        known = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
         raise InvalidValue(
-            f"expected `layer_name` to be a layer of the model, got {layer_name!r}; there are "
-            f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+            f"expected `layer_name` of the model, got {layer_name!r}; there are {known}"
         )
     try:
         # In eval mode, because what a functional dropout reads from `training` is traced as a constant.
         with borrowed(model, freeze=False):
             graph = _Tracer(layer_name).trace(model)
     except Exception as error:
+        came = f"{type(model).__name__}, which fails with: {error}"
         raise InvalidValue(
-            f"expected `model` to be traceable by torch.fx, got {type(model).__name__}, which fails with: "
-            f"{error}; pass your own (features, head) pair instead"
+            f"expected `model` to be traceable by torch.fx, got {came}; pass your own (features, head) pair"
         ) from error
     cuts = [n for n in graph.nodes if n.op == "call_module" and n.target == layer_name]
     if len(cuts) != 1:
+        times = len(cuts)
         raise InvalidValue(
-            f"expected `layer_name` {layer_name!r} to run once in a forward, got {len(cuts)} times"
+            f"expected `layer_name` {layer_name!r} to run once in a forward, got {times}"
         )
     return _cut(model, graph, cuts[0])
 
@@ -102,8 +103,8 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> tuple[nn.Module, nn
             if argument not in copies:
                 if argument.op != "get_attr":
                     raise InvalidValue(
-                        f"expected everything behind `layer_name` {cut.target!r} to pass through it, got a "
-                        f"connection from {argument.name!r} around it"
+                        f"expected `layer_name` {cut.target!r} on every path, got a connection from "
+                        f"{argument.name!r} around it"
                     )
                 copies[argument] = part.node_copy(argument)
         copies[node] = part.node_copy(node, copies.__getitem__)
@@ -211,9 +212,7 @@ def noise_scale(
             health = health + objective.detach()
             optimizer.step()
         if not bool(health.isfinite()):
-            raise InvalidState(
-                "expected a finite objective, got NaN or infinity; look at `head(features)`"
-            )
+            raise InvalidState("expected a finite objective, got NaN; look at `head(features)`")
         return F.softplus(raw).detach().to(features.dtype)
 
 
@@ -296,8 +295,8 @@ def _feature_map(features: Tensor) -> Tensor:
     _checks.images(features=features)
     if not len(features) or features[0, 0].numel() < 2:
         raise InvalidValue(
-            f"expected `features` of a sample and two spatial positions at least, whose variance Eq. 5 and 6 "
-            f"need, got {tuple(features.shape)}; cut the model at an earlier layer"
+            f"expected `features` with samples, and positions whose variance Eq. 5 and 6 take, got "
+            f"{tuple(features.shape)}; cut at an earlier layer"
         )
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
@@ -305,9 +304,8 @@ def _feature_map(features: Tensor) -> Tensor:
 def _one_per_channel(features: Tensor, **named: Tensor) -> None:
     for name, value in named.items():
         if value.shape != features.shape[:2]:
-            raise InvalidValue(
-                f"expected `{name}` of shape {tuple(features.shape[:2])}, got {tuple(value.shape)}"
-            )
+            shape = tuple(features.shape[:2])
+            raise InvalidValue(f"expected `{name}` of shape {shape}, got {tuple(value.shape)}")
 
 
 def _spatial_variance(z: Tensor) -> Tensor:

@@ -41,11 +41,15 @@ def radius(attack):
     return {"eps": 0.9} if attack == "autoattack" else {"eps": 0.1}
 
 
+X = batch()
+
+
 @pytest.fixture
 def mixed(tiny_model):
     """Half in train mode, a frozen BatchNorm, a frozen parameter, gradients here and there."""
-    model = tiny_model(num_classes=K).train()
-    model[1].eval()
+    model = tiny_model(num_classes=K)
+    model.right = answers(model, X)
+    model.train()[1].eval()
     model[0].bias.requires_grad_(False)
     model[3].weight.grad = torch.randn(model[3].weight.shape)
     model[9].bias.grad = torch.zeros(K)
@@ -67,16 +71,12 @@ def state(model):
 
 @attacks
 def test_no_trace(mixed, attack):
-    x = batch()
-    y = answers(mixed.eval(), x)
-    mixed.train()
-    mixed[1].eval()
-    before, images, labels = state(mixed), x.clone(), y.clone()
-    x.requires_grad_()
+    x, y = X.clone().requires_grad_(), mixed.right.clone()
+    before = state(mixed)
     x_adv = ATTACKS[attack](mixed, x, y, **radius(attack))
     assert state(mixed) == before
-    assert torch.equal(x, images)
-    assert torch.equal(y, labels)
+    assert torch.equal(x, X)
+    assert torch.equal(y, mixed.right)
     assert x.grad is None
     assert not x_adv.requires_grad
     assert x_adv.grad_fn is None
@@ -96,58 +96,45 @@ class Failing(nn.Module):
 
 
 @attacks
-def test_no_trace_after_an_exception_in_the_model(mixed, attack):
-    x, calls = batch(), {"fgsm": 1, "autoattack": 40}.get(attack, 3)
-    y = answers(mixed.eval(), x)
-    mixed.train()
-    mixed[1].eval()
-    before, random = state(mixed), torch.get_rng_state()
-    rest = radius(attack) | ({} if attack == "autoattack" else {"rng": torch.Generator()})
-    with pytest.raises(ZeroDivisionError):
-        ATTACKS[attack](Failing(mixed, calls), x, y, **rest)
-    assert state(mixed) == before
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-@ascents
-def test_no_trace_after_an_exception_in_the_hook(mixed, attack):
+@pytest.mark.parametrize("where", ["model", "hook"])
+def test_no_trace_after_an_exception_on_the_way(mixed, attack, where):
     def on_step(step, x_adv, logits):
         raise ZeroDivisionError
 
-    before = state(mixed)
+    calls = {"fgsm": 1, "autoattack": 40}.get(attack, 3) if where == "model" else -1
+    before, random, rest = state(mixed), torch.get_rng_state(), radius(attack)
+    if attack != "autoattack":
+        rest |= {"rng": torch.Generator(), "on_step": on_step if where == "hook" else None}
+    elif where == "hook":
+        rest["on_batch"] = partial(on_step, 0)
     with pytest.raises(ZeroDivisionError):
-        ASCENTS[attack](mixed, batch(), torch.tensor([0, 1]), on_step=on_step)
+        ATTACKS[attack](Failing(mixed, calls), X, mixed.right, **rest)
     assert state(mixed) == before
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @attacks
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_under_no_grad_and_inference_mode(mixed, attack, mode):
-    mixed.eval()
-    x = batch()
-    y = answers(mixed, x)
-    rest = radius(attack)
+    rest, y = radius(attack), mixed.right
     if attack != "autoattack":
-        rest |= {"random_start": 0.05 * torch.ones_like(x), "eps": torch.tensor([0.1, 0.2])}
-    if attack == "fgsm":
-        rest["random_start"] = None
-    expected = ATTACKS[attack](mixed, x, y, **rest)
+        rest |= {"random_start": 0.05 * torch.ones_like(X), "eps": torch.tensor([0.1, 0.2])}
+    expected = ATTACKS[attack](mixed.eval(), X, y, **rest)
     with mode():
         before = state(mixed)
         inside = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in rest.items()}
-        x_adv = ATTACKS[attack](mixed, x.clone(), y.clone(), **inside)
+        x_adv = ATTACKS[attack](mixed, X.clone(), y.clone(), **inside)
         assert state(mixed) == before
     assert torch.equal(x_adv, expected)
-    assert not torch.equal(x_adv, x)
+    assert not torch.equal(x_adv, X)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_reference_logits_made_under_inference_mode(mixed, mode):
-    x = batch()
     with mode():
-        reference = mixed.eval()(x).roll(1, 1)
-        x_adv = utae_pgd(mixed, x, reference, random_start=None)
-    assert torch.equal(x_adv, utae_pgd(mixed, x, reference.clone(), random_start=None))
+        reference = mixed.eval()(X).roll(1, 1)
+        x_adv = utae_pgd(mixed, X, reference, random_start=None)
+    assert torch.equal(x_adv, utae_pgd(mixed, X, reference.clone(), random_start=None))
 
 
 @attacks
@@ -198,36 +185,19 @@ def test_class_counts(tiny_model, attack, num_classes):
 
 
 @ascents
-@pytest.mark.parametrize(
-    ("start", "eps"), [("uniform", 0.1), ("uniform", torch.tensor([0.1, 0.2])), ("normal", 0.1)]
-)
+@pytest.mark.parametrize(("start", "eps"), [("uniform", torch.tensor([0.1, 0.2])), ("normal", 0.1)])
 def test_a_generator_is_the_only_randomness(tiny_model, attack, start, eps):
-    x, y, before = batch(), torch.tensor([0, 1]), torch.get_rng_state()
-    model, rest = tiny_model(num_classes=K), {"random_start": start, "eps": eps}
-    run = partial(ASCENTS[attack], model, x, y, **rest)
-    first, same, other = (run(rng=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
+    model, y, before = tiny_model(num_classes=K), torch.tensor([0, 1]), torch.get_rng_state()
+    run = partial(ASCENTS[attack], model, X, y, random_start=start, eps=eps)
     generator = torch.Generator().manual_seed(3)
-    assert torch.equal(run(rng=generator), first)
-    assert not torch.equal(run(rng=generator), first)
-
-
-@ascents
-def test_without_a_generator_the_default_one_advances(tiny_model, attack):
-    x, y = batch(), torch.tensor([0, 1])
-    run = partial(ASCENTS[attack], tiny_model(num_classes=K), x, y)
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    first, other = run(random_start="normal"), run(random_start="normal")
-    assert not torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(first, other)
-    torch.manual_seed(3)
-    assert torch.equal(run(random_start="normal"), first)
-    before = torch.get_rng_state()
-    run(random_start=None)
+    first, second = run(rng=generator), run(rng=generator)
+    assert torch.equal(run(rng=torch.Generator().manual_seed(3)), first)
+    assert not torch.equal(first, second)
+    ASCENTS[attack](model, X, y, random_start=None)
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    assert torch.equal(run(), first)
+    assert torch.equal(run(), second)
 
 
 @ascents
@@ -236,7 +206,7 @@ def test_train_mode_moves_the_statistics_and_restores_the_flags(mixed, attack, t
     if not training:
         mixed.eval()
     before = state(mixed)
-    ASCENTS[attack](mixed, batch(), torch.tensor([0, 1]), train_mode=True)
+    ASCENTS[attack](mixed, X, mixed.right, train_mode=True)
     after = state(mixed)
     moved = {k for k, v in after.pop("values").items() if v != before["values"][k]}
     norms = (4,) if training else (1, 4)  # a module frozen inside a training model stays frozen
@@ -293,18 +263,16 @@ def test_a_tuple_for_a_loss_that_takes_one(tiny_model):
 
 @attacks
 def test_autocast(mixed, attack):
-    x = batch()
-    y = answers(mixed.eval(), x)
     seen = []
     mixed[9].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         before = state(mixed)
-        x_adv = ATTACKS[attack](mixed, x, y, **radius(attack))
+        x_adv = ATTACKS[attack](mixed, X, mixed.right, **radius(attack))
         assert state(mixed) == before
-        student = mixed(x)  # an attack must not leave casted weights without a gradient behind
+        student = mixed(X)  # an attack must not leave casted weights without a gradient behind
     assert set(seen) == {torch.bfloat16}
     assert x_adv.dtype == torch.float32
-    assert not torch.equal(x_adv, x)
+    assert not torch.equal(x_adv, X)
     weight = mixed[9].weight
     assert torch.autograd.grad(student.float().square().sum(), weight)[0].abs().sum() > 0
 

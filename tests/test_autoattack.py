@@ -279,29 +279,3 @@ def test_wrong_images_and_no_images(labels):
     wrong = autoattack(model, x, torch.tensor([0, 0]), num_classes=2)
     assert not wrong.robust.any()
     assert torch.equal(wrong.x_adv, x)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "argument"),
-    [
-        ({"num_classes": 11}, ValueError, "num_classes"),
-        ({"num_classes": 9}, ValueError, "num_classes"),
-        ({"num_classes": 1}, ValueError, "num_classes"),
-        ({"num_classes": 10.0}, TypeError, "num_classes"),
-        ({"version": "custom"}, ValueError, "version"),
-        ({"eps": 0.0}, ValueError, "eps"),
-        ({"eps": torch.tensor(0.1)}, TypeError, "eps"),
-        ({"batch_size": 0}, ValueError, "batch_size"),
-        ({"seed": None}, TypeError, "seed"),
-        ({"seed": -1}, ValueError, "seed"),
-        ({"targets": torch.tensor([0, 10])}, ValueError, "targets"),
-        ({"targets": torch.tensor([-1, 0])}, ValueError, "targets"),
-        ({"targets": torch.tensor([0])}, ValueError, "targets"),
-        ({"targets": torch.zeros(2, 10)}, TypeError, "targets"),
-        ({"x": torch.full((2, 1, 8, 8), 1.5)}, ValueError, "x"),
-    ],
-)
-def test_errors_name_the_argument(tiny_model, change, error, argument):
-    arguments = {"x": torch.rand(2, 1, 8, 8), "targets": torch.tensor([0, 1]), "num_classes": 10}
-    with pytest.raises(error, match=rf"^autoattack: .*`{argument}`"):
-        autoattack(tiny_model(num_classes=10, in_channels=1), **(arguments | change))

@@ -147,27 +147,6 @@ def test_the_counts_work_inside_inference_mode():
         assert lps.tolist() == [4]
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "argument"),
-    [
-        ({"count": "last"}, ValueError, "count"),
-        ({"steps": 0}, ValueError, "steps"),
-        ({"targets": torch.zeros(2, 3)}, ValueError, "labels"),
-        ({"targets": torch.zeros(2, dtype=torch.int32)}, TypeError, "targets"),
-        ({"labels": torch.zeros(2)}, TypeError, "labels"),
-        ({"labels": [0, 0]}, TypeError, "labels"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels"),
-        ({"labels": torch.tensor([0, 3])}, ValueError, "labels"),
-        ({"labels": torch.tensor([0, -1])}, ValueError, "labels"),
-    ],
-)
-def test_errors_name_the_argument(change, error, argument):
-    arguments = {"targets": torch.tensor([0, 1])} | change
-    x = torch.full((2, 1, 2, 2), 0.5)
-    with pytest.raises(error, match=rf"^least_pgd_steps: .*`{argument}`"):
-        least_pgd_steps(Scripted([[True] * 10] * 2), x, **arguments)
-
-
 def test_an_output_without_logits_is_named():
     x, y = torch.full((1, 1, 1, 1), 0.5), torch.tensor([1])
     arguments = {"loss": lambda output, y: losses.cross_entropy(output["z"], y)}

@@ -58,6 +58,7 @@ class Ascent:
             self.origin = wide(self.x)
         self.eps = _checks.per_sample("eps", self.eps, self.origin)
         self.step_size = _checks.per_sample("step_size", self.step_size, self.origin)
+        # Tensors would have to be read on the host for this.
         numbers = isinstance(self.eps, float) and isinstance(self.step_size, float)
         if numbers and 0 < 2 * self.eps < self.step_size:
             message = "step_size %g is more than twice eps %g; are they swapped?"
@@ -68,8 +69,7 @@ class Ascent:
         _checks.tensor(targets=targets)
         if targets.ndim == 0 or len(targets) != len(self.x):
             raise InvalidValue(
-                f"expected `targets` with one entry for each of {len(self.x)} images, got shape "
-                f"{tuple(targets.shape)}"
+                f"expected `targets` of {len(self.x)} images, got {_checks.got(targets)}"
             )
         _checks.one_device(x=self.x, targets=targets)
 
@@ -96,6 +96,7 @@ class Ascent:
             adv, targets = self._projected(self.origin + start, left), _plain(targets)
             index, health = torch.arange(len(adv), device=adv.device), adv.new_zeros(())
             for step in range(self.steps):
+                # A slice is a view, so a batch that stays whole is not copied.
                 here = adv[left].requires_grad_()
                 output = self.model(here.to(self.x.dtype))
                 if check is not None and step == 0:
@@ -117,12 +118,12 @@ class Ascent:
                 if stop is None:
                     adv = moved
                 else:
+                    # Rows that are done keep the iterate by which they were judged.
                     left = index[left][stays]
                     adv = adv.index_put((left,), moved[stays])
             if not bool(health.isfinite()):
                 raise InvalidState(
-                    "expected finite losses and gradients, got NaN or infinity during the attack; look "
-                    "at `model(x)` on these images"
+                    "expected finite losses and gradients, got NaN or infinity; look at `model(x)` here"
                 )
             return rounded_inside(adv, self.x, self.eps, self.bounds)
 
@@ -149,8 +150,7 @@ def misclassified(labels: Tensor, train_mode: bool) -> Stop:
     """The rule of `early_stop`: a sample is done as soon as it is misclassified."""
     if train_mode:
         raise InvalidValue(
-            "expected no `early_stop` with `train_mode`, where each sample's logits depend on the whole "
-            "batch, got both"
+            "expected no `early_stop` with `train_mode`, where logits depend on the whole batch, got both"
         )
     _checks.labels(targets=labels)
     return lambda step, rows, output: predicted(step, output) != labels[rows]
@@ -177,10 +177,8 @@ def draw_start(
     if isinstance(random_start, Tensor):
         _checks.floating(random_start=random_start)
         if random_start.shape != like.shape or not bool(random_start.isfinite().all()):
-            raise InvalidValue(
-                f"expected `random_start` to be a finite x0 - x of shape {tuple(like.shape)}, got "
-                f"{_checks.got(random_start)}"
-            )
+            shape, came = tuple(like.shape), _checks.got(random_start)
+            raise InvalidValue(f"expected `random_start` finite and of shape {shape}, got {came}")
         return random_start.detach().to(like)
     _checks.choice(("uniform", "normal", None), random_start=random_start)
     source = like.device if rng is None else rng.device
@@ -217,16 +215,14 @@ def _total(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     """Sum of the loss over samples; its complaints get the attack's name before their own."""
     try:
         values = loss(output, targets)
-    except TypeError as error:
-        raise InvalidType(str(error)) from error
-    except ValueError as error:
-        raise InvalidValue(str(error)) from error
+    except (TypeError, ValueError) as error:
+        kind = InvalidType if isinstance(error, TypeError) else InvalidValue
+        raise kind(str(error)) from error
     # A sum in half precision would underflow or overflow; the sign of its gradient is all we use.
     total = wide(values).sum()
     if not total.requires_grad:
         raise InvalidValue(
-            "expected a loss that depends on the images, got one without a gradient; does `model` "
-            "detach, or run under no_grad?"
+            "expected a loss that depends on the images, got one without a gradient; does `model` detach?"
         )
     return total
 

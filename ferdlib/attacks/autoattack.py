@@ -110,9 +110,9 @@ def autoattack(
         if bool(z.isnan().any()):
             raise InvalidState("expected numbers as logits `model(x)`, got NaN")
         if z.shape[1] != num_classes:
+            k = z.shape[1]
             raise InvalidValue(
-                f"expected `num_classes` to equal the model's number of logits {z.shape[1]}, got "
-                f"{num_classes}"
+                f"expected `num_classes` {k}, the number of logits, got {num_classes}"
             )
         return z.argmax(dim=1)
 

@@ -160,6 +160,7 @@ def cw_linf(
         _checks.logits(**{"model(x)": logits})
         _checks.labels(num_classes=logits.shape[1], targets=targets)
 
+    # The equation of `losses.cw_margin`, which would check each output again.
     def lead(logits: Tensor, labels: Tensor) -> Tensor:
         return -(_kernels.margin(wide(logits), labels) + confidence).clamp(min=0)
 
@@ -212,10 +213,10 @@ def utae_pgd(
     _checks.real(0, gamma=gamma)
     ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
     if reference_logits is None:
+        # KL(p || p) has no gradient at x but rounding noise.
         if gamma == 0 and random_start is None:
             raise InvalidValue(
-                "expected `random_start` or `gamma` > 0 for a model that is its own reference, whose "
-                "gradient is rounding noise at x, got neither"
+                "expected `random_start` or `gamma` > 0 with a model's own `reference_logits`, got neither"
             )
         with torch.no_grad(), borrowed(model):
             reference_logits = model(x)
@@ -224,6 +225,7 @@ def utae_pgd(
     def check(logits: Tensor) -> None:
         _checks.logits(**{"reference_logits": reference, "model(x)": logits})
 
+    # Each term casts by itself: in half precision, gradients are added up as by two losses.
     def away(logits: Tensor, reference: Tensor) -> Tensor:
         return _kernels.kl(reference, wide(logits)) - gamma * _kernels.uniformity(wide(logits))
 

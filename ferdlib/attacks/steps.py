@@ -78,10 +78,12 @@ class StepCounter:
         if step == 0:
             logits = output[0] if isinstance(output, tuple) else output
             _checks.labels(num_classes=logits.shape[1], labels=self.labels)
+        # A method may show the last iterate too, which has no place in the count.
         if step >= self.steps:
             return
         rows = self._rows(len(classes))
         before, wrong = self.counts[rows], classes != self.labels[rows]
+        # The value K stands for never fooled, so it can only be replaced once.
         if self.count == "correct":
             after = before + ~wrong
         else:
@@ -96,9 +98,9 @@ class StepCounter:
             return slice(None)
         left = (self.counts == self.steps).nonzero().squeeze(1)
         if len(left) != seen or self.count == "correct":
+            n = len(self.labels)
             raise InvalidValue(
-                f"expected `model(x)` of {len(self.labels)} samples, or with `early_stop` of the "
-                f"{len(left)} that are left, got {seen}"
+                f"expected `model(x)` of {n} samples, {len(left)} are left, got {seen}"
             )
         return left
 
@@ -161,7 +163,7 @@ def least_pgd_steps(
         _checks.callable_(on_step=on_step)
     if early_stop and count == "correct":
         raise InvalidValue(
-            "expected no `early_stop` with `count` 'correct', which goes on after the first crossing, got both"
+            "expected no `early_stop` with `count` 'correct', which goes on, got both"
         )
     truth = targets if labels is None else labels
     counter = StepCounter(truth, steps, count=count)
