@@ -69,6 +69,8 @@ __all__ = [
     "tensor",
 ]
 
+WIDE = (torch.float32, torch.float64)
+
 
 def tensor(**named: Any) -> None:
     """Tensors of any kind."""
@@ -115,8 +117,9 @@ def logits(**named: Any) -> tuple[Tensor, ...]:
             raise InvalidValue(
                 f"expected `{name}` of shape (N, K) with K >= 2, got {tuple(value.shape)}"
             )
-    alike(**named)
-    return tuple(z.to(torch.promote_types(z.dtype, torch.float32)) for z in named.values())
+    if len(named) > 1:
+        alike(**named)
+    return tuple([z if z.dtype in WIDE else z.float() for z in named.values()])
 
 
 def alike(**named: Tensor) -> None:
@@ -151,8 +154,8 @@ def labels(*, num_classes: int | None = None, like: Tensor | None = None, **name
     for name, value in named.items():
         if value.dtype != torch.int64:
             raise InvalidType(f"expected `{name}` in int64, got {got(value)}")
-        if value.ndim != 1 or (like is not None and len(value) != len(like)):
-            wanted = "(N,)" if like is None else f"({len(like)},)"
+        if value.ndim != 1 or (like is not None and value.shape[0] != like.shape[0]):
+            wanted = "(N,)" if like is None else f"({like.shape[0]},)"
             raise InvalidValue(f"expected `{name}` of shape {wanted}, got {tuple(value.shape)}")
         if like is not None and value.device != like.device:
             raise InvalidValue(f"expected `{name}` on {like.device}, got {value.device}")

@@ -29,14 +29,16 @@ def test_the_model_of_these_tests_is_mixed():
     assert set(flags) == set(gradients) == {True, False}
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_flags_inside_and_after(training):
+@pytest.mark.parametrize("training", [True, False, None])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_flags_inside_and_after(training, freeze):
     model, other = mixed(), mixed().eval()
-    before = state(model, other)
-    with borrowed(model, other, training=training):
-        flags, gradients = state(model, other)
-        assert set(flags) == {training}
-        assert set(gradients) == {False}
+    before = flags, gradients = state(model, other)
+    with borrowed(model, other, training=training, freeze=freeze):
+        inside = state(model, other)
+        assert inside[0] == (flags if training is None else [training] * len(flags))
+        assert inside[1] == ([False] * len(gradients) if freeze else gradients)
+        model.train()  # a change of the block is undone all the same
     assert state(model, other) == before
 
 
@@ -46,25 +48,6 @@ def test_defaults_are_eval_and_frozen():
         flags, gradients = state(model)
         assert not any(flags)
         assert not any(gradients)
-
-
-def test_training_none_leaves_the_flags():
-    model = mixed()
-    flags, _ = state(model)
-    with borrowed(model, training=None):
-        assert state(model)[0] == flags
-        assert not any(state(model)[1])
-        model.eval()  # what the block changes is undone all the same
-    assert state(model)[0] == flags
-
-
-def test_freeze_false_leaves_the_gradients():
-    model = mixed()
-    before = state(model)
-    with borrowed(model, freeze=False):
-        assert state(model)[1] == before[1]
-        assert not any(state(model)[0])
-    assert state(model) == before
 
 
 def test_an_exception_passes_and_the_model_is_given_back():
