@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_methods import (
     EVERY,
-    NAMES,
     PLAIN,
     K,
     base,
@@ -22,19 +21,20 @@ from tiny_methods import (
     model,
     same,
     seeded,
+    step,
     teachers,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ferdlib.attacks import pgd
-from ferdlib.methods import Method, build_method
+from ferdlib.methods import METHODS, PRESETS, RULES, Method, build_method, rules
 from ferdlib.models import small_cnn
+from ferdlib.synthesis import Generator
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
-# Methods that switch something on after some epochs, here after the first or second.
-EARLY = {name: {"begin": 1} for name in ("iad", "fair-iad", "gair-ard", "cfa-ard")}
-EARLY["dafa-ard"] = {"begin": 2}
+# Settings with which a rule has an effect in the second epoch.
+EARLY = {"gair": {"begin": 1}, "cfa": {"begin": 1}, "dafa": {"begin": 1}, "frl": {"slack": 0.0}}
 # Their next epoch does not depend on what has been.
 STATELESS = ("sat", "trades", "bat", "ard", "rslad", "adaad", "fat-ard", "faal-ard")
 
@@ -45,21 +45,23 @@ def test_attack(name, preset):
     expected = by_hand(name, preset, student, x, y, seeded(3))
     found = make(name, preset, rng=seeded(3)).attack(student, x, y)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-    assert not torch.allclose(found, by_hand(name, preset, student, x, y, seeded(3), steps=9))
+    assert not torch.allclose(found, by_hand(name, preset, student, x, y, seeded(3), steps=6))
 
 
-def test_adaad_climbs_the_teacher_too():
-    student, teacher, (x, y) = model(0), model(10), batch()
-    blind = pgd(
-        lambda v: torch.stack([student(v), teacher(v).detach()]),
-        x,
-        y,
-        loss=lambda z, _: kl(z[1], z[0]),
-        random_start="normal",
-        rng=seeded(3),
-    )
-    found = make("adaad", rng=seeded(3)).attack(student, x, y)
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_adaad_climbs_the_teacher_too_in_the_mode_that_was_asked_for(train_mode):
+    student, teacher, (x, y) = model(0).train(), model(10), batch()
+    settings = {"loss": lambda z, _: kl(z[1], z[0]), "random_start": "normal"}
+
+    def examples(network, guide):
+        return pgd(lambda v: [network(v), guide(v)], x, y, rng=seeded(3), **settings)
+
+    plain = copy.deepcopy(student).train(train_mode)
+    expected, blind = examples(plain, teacher), examples(plain, lambda v: teacher(v).detach())
+    found = make("adaad", train_mode=train_mode, rng=seeded(3)).attack(student, x, y)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     assert not torch.allclose(found, blind, rtol=0, atol=1e-3)
+    assert (student[1].num_batches_tracked == 10) == train_mode
 
 
 def equation(name, preset, student, x, x_adv, y):
@@ -84,107 +86,93 @@ def equation(name, preset, student, x, x_adv, y):
         "rslad": lambda: scale * (5 / 6 * kl(t, s_adv) + 1 / 6 * kl(t, s)),
         "mtard": lambda: scale * (kl(t_adv, s_adv) + kl(natural, s)) / 2,
         "adaad": lambda: scale * kl(t_adv, s_adv),
-        "absld": lambda: scale * (5 / 6 * kl(t, s_adv) + 1 / 6 * kl(t, s)),
     }
-    plain = losses[kind]()
-    return 2 * plain if name == "wat-ard" else plain  # both its experts weigh 1 at first
+    losses["absld"] = losses["rslad"]
+    return losses[kind]() * (2 if name == "wat-ard" else 1)  # both its experts weigh 1 at first
 
 
 def gradients(loss, student):
     return torch.autograd.grad(loss.mean(), list(student.parameters()), allow_unused=True)
 
 
+def close(a, b, **how):
+    return all(torch.allclose(v, w, **how) for v, w in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "preset"), [c for c in EVERY if c[0] not in ("fat-ard", "faal-ard")]
 )
 def test_loss_and_gradient_of_the_first_epoch(name, preset):
-    student, (x, y) = model(0).train(), batch()
-    method = make(name, preset, rng=seeded(3))
-    x_adv = method.attack(student, x, y)
-    found, expected = (
-        method.loss(student, x, x_adv, y),
-        equation(name, preset, student, x, x_adv, y),
-    )
+    student, method = model(0).train(), make(name, preset)
+    x, y, x_adv, found = step(method, student, 3)
+    expected = equation(name, preset, student, x, x_adv, y)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
-    # Through both arguments of TRADES' divergence, too.
-    pairs = zip(gradients(found, student), gradients(expected, student), strict=True)
-    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in pairs)
+    # The reference is a value: from `reference`, or computed by the method.
+    assert torch.equal(method.loss(student, x, x_adv, y, method.reference(x)), found) or (
+        base(name) == "mtard"  # whose balance has moved
+    )
+    a, b = gradients(found, student), gradients(expected, student)
+    assert close(a, b, rtol=1e-7, atol=1e-10)
+    if name == "trades":  # through both arguments of its divergence
+        s, s_adv = student(x), student(x_adv)
+        one_sided = gradients(ce(s, y) + 6 * kl(s.detach(), s_adv), student)
+        assert not torch.allclose(one_sided[0], a[0], rtol=1e-3)
 
 
-def test_trades_gradient_has_two_sides():
-    student, (x, y) = model(0), batch()
-    method = make("trades", rng=seeded(3))
-    x_adv = method.attack(student, x, y)
-    s, s_adv = student(x), student(x_adv)
-    one_sided = gradients(ce(s, y) + 6 * kl(s.detach(), s_adv), student)
-    both = gradients(method.loss(student, x, x_adv, y), student)
-    assert not torch.allclose(one_sided[0], both[0], rtol=1e-3)
+def seen(network):
+    flags = [m.training for m in network.modules()]
+    flags += [p.requires_grad for p in network.parameters()]
+    return flags, [p.grad.clone() for p in network.parameters()], buffers(network)
 
 
 @pytest.mark.parametrize(("name", "preset"), EVERY)
 def test_leaves_no_trace(name, preset):
-    method = make(name, preset, rng=seeded(3))
-    assert isinstance(method, Method)
-    student, (x, y) = model(0).train(), batch()
+    method, student, (x, y) = make(name, preset, rng=seeded(3)), model(0).train(), batch()
     student[1].eval()  # a layer that its owner froze
-    found = {key: value for key, value in vars(method).items() if isinstance(value, nn.Module)}
+    found = [value for value in vars(method).values() if isinstance(value, nn.Module)]
+    assert isinstance(method, Method)
     assert len(found) == len(teachers(name))
-    for network in (student, *found.values()):
+    for network in (student, *found):
         network[0].bias.requires_grad_(False)
         for p in network.parameters():
             p.grad = torch.ones_like(p)
-    for network in found.values():
+    for network in found:
         network.train()[4].eval()
-
-    def seen(network):
-        flags = [m.training for m in network.modules()]
-        flags += [p.requires_grad for p in network.parameters()]
-        return flags, [p.grad.clone() for p in network.parameters()], buffers(network)
-
-    before, images = [seen(n) for n in (student, *found.values())], x.clone()
+    before, images = [seen(n) for n in (student, *found)], x.clone()
     x_adv = method.attack(student, x, y)
-    after = [seen(n) for n in (student, *found.values())]
-    for k, (a, b) in enumerate(zip(before, after, strict=True)):
+    moves = in_train_mode(name, preset)
+    for k, (a, b) in enumerate(zip(before, map(seen, (student, *found)), strict=True)):
         assert a[0] == b[0]
         assert same(a[1], b[1])
-        assert same(a[2], b[2]) == (k > 0 or not in_train_mode(name, preset))
-    if in_train_mode(
-        name, preset
-    ):  # ten forwards of the layers that are in train mode, and of no other
-        assert student[4].num_batches_tracked == 10
-        assert student[1].num_batches_tracked == 0
+        assert same(a[2], b[2]) == (k > 0 or not moves)
+    if moves:  # ten forwards of the layers that are in train mode, and of no other
+        assert (student[4].num_batches_tracked, student[1].num_batches_tracked) == (10, 0)
     assert torch.equal(x, images)
     assert not x_adv.requires_grad
-    loss = method.loss(student, x, x_adv, y)
-    assert loss.shape == (len(x),)
-    assert bool(loss.isfinite().all())
     student.zero_grad()
+    loss = method.loss(student, x, x_adv, y)
+    assert bool(loss.isfinite().all())
     loss.mean().backward()
     method.validate(student, [(x, y)])
     method.end_epoch()
-    trained = [p for p in student.parameters() if p.requires_grad]
-    assert sum(float(p.grad.abs().sum()) for p in trained) > 1e-6
-    for a, network in zip(before[1:], found.values(), strict=True):
-        b = seen(network)
+    assert sum(float(p.grad.abs().sum()) for p in student.parameters() if p.requires_grad) > 1e-6
+    for a, b in zip(before[1:], map(seen, found), strict=True):
         assert a[0] == b[0]
-        assert same(a[1], b[1])
-        assert same(a[2], b[2])
+        assert same(a[1] + a[2], b[1] + b[2])
     assert x.grad is None
 
 
 def epoch(method, student, seed, batches=(0, 1), end=True):
     """Two batches and the epoch's end: attacks and losses."""
-    seen = []
+    found = []
     for b in batches:
-        x, y = batch(2 * seed + b)
         method.rng = seeded(10 * seed + b)
-        x_adv = method.attack(student, x, y)
-        loss = method.loss(student, x, x_adv, y)
-        seen += [x_adv, loss.detach()]
+        _, _, x_adv, loss = step(method, student, 2 * seed + b)
+        found += [x_adv, loss.detach()]
     if end:
         method.validate(student, [batch(90), batch(91)])
         method.end_epoch()
-    return seen
+    return found
 
 
 def flat(state):
@@ -196,14 +184,15 @@ def flat(state):
 @pytest.mark.parametrize(("name", "preset"), EVERY)
 def test_state_in_the_middle_of_an_epoch(name, preset):
     """Written after the first batch of the second epoch, read, and gone on for two epochs."""
-    settings = EARLY.get(name, {})
-    method, student = make(name, preset, **settings), model(0)
+    settings = {} if name == "frl-ard" else EARLY.get(name.partition("-")[0], {})
+    settings |= {"begin": 1} if "iad" in name else {}
+    method, again, fresh = (make(name, preset, **settings) for _ in range(3))
+    student = model(0)
     epoch(method, student, 0)
     epoch(method, student, 1, batches=[0], end=False)
     state = method.state_dict()
     torch.save(state, file := io.BytesIO())
     kept = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    again, fresh = make(name, preset, **settings), make(name, preset, **settings)
     again.load_state_dict(copy.deepcopy(kept))
     runs = []
     for m in (method, again, fresh):
@@ -212,6 +201,22 @@ def test_state_in_the_middle_of_an_epoch(name, preset):
     assert same(runs[0], runs[1])
     assert same(runs[0], runs[2]) == (name in STATELESS)
     assert flat(state) == flat(kept)  # copies, which going on has not changed
+
+
+def test_a_state_is_loaded_whole_or_not_at_all():
+    """The part that does not fit is the last one, behind others that do."""
+    methods = [make("absld", rule=rules.LPS()) for _ in range(2)]
+    epoch(methods[0], model(0), 0)
+    state, before = methods[0].state_dict(), flat(methods[1].state_dict())
+    assert flat(state) != before
+    broken = [state | {"clean_losses": {"sums": torch.zeros(K)}}, state | {"epoch": -1}]
+    broken.append(state | {"rule": state["rule"] | {"class_weights": {}}})
+    for each in broken:
+        with pytest.raises(ValueError, match="expected"):
+            methods[1].load_state_dict(each)
+        assert flat(methods[1].state_dict()) == before
+    methods[1].load_state_dict(state)
+    assert flat(methods[1].state_dict()) == flat(state)
 
 
 class Operations(TorchDispatchMode):
@@ -227,13 +232,9 @@ def test_work_of_a_step(name, preset):
     """Forwards, so that counting steps is free, and no loop over samples."""
     student, forwards, operations = model(0), Counter(), []
     method = make(name, preset, random_start=None)
-
-    def count(network, _):
-        forwards[network] += 1
-
-    student.register_forward_pre_hook(count)
-    if name not in PLAIN:
-        method.teacher.register_forward_pre_hook(count)
+    models = [student, *([] if name in PLAIN else [method.teacher])]
+    for network in models:
+        network.register_forward_pre_hook(lambda network, _: forwards.update([network]))
     for n in (9, 63):
         x, y = batch(n=n)
         forwards.clear()
@@ -245,25 +246,63 @@ def test_work_of_a_step(name, preset):
             assert forwards[student] == {"trades": 11, "bat": 12}.get(name, steps)
             method.loss(student, x, x_adv, y, reference)
         operations.append(counter.count)
-        if base(name) in ("ard", "rslad", "absld"):  # attack and loss share the clean logits
-            assert forwards[method.teacher] == 1
+        clean = {"trades": 1, "bat": 1, "rslad": 1, "mtard": 1, "absld": 1}.get(base(name), 0)
+        # Two sides of a boundary in BAT; S(x) only where the loss has it, so not in IAD before `begin`.
+        in_attack = {"trades": 11, "bat": 13}.get(name, steps)
+        assert forwards[student] == in_attack + 1 + clean
+        if name not in PLAIN:
+            # The clean logits once for attack and loss, or the adversarial ones; AdaAD asks at every step.
+            assert forwards[method.teacher] == (11 if name == "adaad" else 1)
     assert abs(operations[0] - operations[1]) < 54  # samples; MTARD looks at its first losses
 
 
+def synthetic(seed):
+    """Images of a generator, and the labels that it was asked for."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        generator = Generator((2, 8, 4), latent_dim=3, width=4, num_classes=K).double()
+        y = torch.randint(K, (9,))
+        return generator(torch.randn(9, 3).double(), y), y
+
+
+@pytest.mark.parametrize("images", [batch, synthetic])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_pair_trains_and_the_rule_has_an_effect(name, images):
+    prefix, _, kind = name.rpartition("-")
+    settings = {"steps": 3, "begin": 1} if kind == "iad" else {"steps": 3}
+    found = []
+    for rule in (RULES[prefix](**EARLY.get(prefix, {})) if prefix else None, rules.Uniform()):
+        method, student = make(kind, rule=rule, **settings), model(0)
+        optimizer = torch.optim.SGD(student.parameters(), lr=1e-6)
+        for k in range(2):
+            for seed in (2 * k, 2 * k + 1):
+                *_, loss = step(method, student, seed, images)
+                assert loss.shape == (9,)
+                assert bool(loss.isfinite().all())
+                optimizer.zero_grad()
+                loss.mean().backward()
+                optimizer.step()
+            method.validate(student, [images(90), images(91)])
+            method.sync()
+            method.end_epoch()
+        found.append(loss)
+        assert method.epoch == method.rule.epoch == 2
+    assert torch.allclose(*found, rtol=1e-3) == (not prefix)
+
+
+def test_a_rule_has_one_method():
+    rule = rules.LPS()
+    method = make("sat", rule=rule)
+    with pytest.raises(RuntimeError, match=r"^LPS\.bind: expected a rule of its own for each"):
+        make("trades", rule=rule)
+    assert method.rule is rule
+    assert make("sat").rule is not make("sat").rule
+
+
 TINY = {
-    "num_classes": 3,
-    "layer": "layer4",
-    "image_shape": (1, 8, 8),
-    "epochs": 3,
-    "warmup_epochs": 1,
-    "batch_size": 9,
-    "generator_steps": 1,
-    "generator_width": 4,
-    "latent_dim": 5,
-    "bottleneck_steps": 1,
-    "student_steps": 2,
-    "margin_attack_steps": 1,
-    "augment": "none",
+    **{"num_classes": 3, "layer": "layer4", "image_shape": (1, 8, 8), "augment": "none"},
+    **{"epochs": 3, "warmup_epochs": 1, "batch_size": 9, "student_steps": 2, "latent_dim": 5},
+    **{"generator_steps": 1, "generator_width": 4, "bottleneck_steps": 1, "margin_attack_steps": 1},
 }
 
 
@@ -274,13 +313,13 @@ def make_trainer(name):
     given = {key: given[key] for key in teachers(name)}
     method = build_method(name, 3, eps=0.1, step_size=0.05, steps=3, **given)
     x = torch.rand(18, 1, 8, 8)
-    validation = [(x[:9], torch.arange(9) % 3), (x[9:], torch.arange(9) % 3)]
-    held_out = {"validation": validation} if method.needs_validation else {}
+    held_out = [(x[:9], torch.arange(9) % 3), (x[9:], torch.arange(9) % 3)]
     config = FERDConfig(**TINY)
-    return FERDTrainer(teacher, student, config=config, method=method, **held_out), given
+    validation = {"validation": held_out} if method.needs_validation else {}
+    return FERDTrainer(teacher, student, config=config, method=method, **validation), given
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*METHODS, "wat-ard", "frl-trades", "fair-rslad", "fair-ferd"])
 def test_in_the_trainer(name):
     trainer, given = make_trainer(name)
     global_state = torch.get_rng_state()
@@ -295,11 +334,10 @@ def test_in_the_trainer(name):
     again, _ = make_trainer(name)
     again.load_state_dict(state)
     again.fit()
-    found = [list(t.student.state_dict().values()) for t in (trainer, again)]
-    assert same(*found)
-    # The method was given no generator: the noise is the trainer's all the same
+    assert same(*(list(t.student.state_dict().values()) for t in (trainer, again)))
+    # The method was given no generator: the noise is the trainer's all the same.
     assert torch.equal(torch.get_rng_state(), global_state)
     if name == "wat-ard":
         assert trainer.method.rule.hedge.average_weight != 1.0
     if name == "fair-rslad":
-        assert not torch.equal(trainer.method.rule.class_weights.weights, torch.ones(3).double())
+        assert float(trainer.method.rule.class_weights.weights.std()) > 0

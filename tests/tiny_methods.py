@@ -40,6 +40,11 @@ def batch(seed=0, n=9):
     return x, torch.where(torch.arange(n) % 4 == 3, (y + 1) % K, y)
 
 
+def base(name):
+    """Name of the method without its rule."""
+    return name.rpartition("-")[2]
+
+
 def teachers(name):
     """The teachers that a method wants."""
     wanted = ("teacher",) if base(name) not in PLAIN else ()
@@ -51,6 +56,14 @@ def make(name, preset="paper", **settings):
     return build_method(name, K, preset=preset, **(teachers(name) | settings))
 
 
+def step(method, student, seed, images=batch):
+    """A batch, its attack and its loss."""
+    x, y = images(seed)
+    method.rng = seeded(seed)
+    x_adv = method.attack(student, x, y)
+    return x, y, x_adv, method.loss(student, x, x_adv, y)
+
+
 def kl(p_logits, q_logits):
     log_q, log_p = q_logits.log_softmax(1), p_logits.log_softmax(1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
@@ -60,9 +73,10 @@ def ce(z, y):
     return F.cross_entropy(z, y, reduction="none")
 
 
-def base(name):
-    """Name of the method without its rule."""
-    return name.rpartition("-")[2]
+def by_class(values, y):
+    """Class means in NumPy, nan for an absent class."""
+    values, y = np.asarray(values, dtype=float), y.numpy()
+    return np.array([values[y == c].mean() if (y == c).any() else np.nan for c in range(K)])
 
 
 def in_train_mode(name, preset):
@@ -99,24 +113,19 @@ def by_hand(name, preset, student, x, y, rng, **changes):
         reference = student if kind in ("trades", "bat") else teachers(name)["teacher"]
         targets, settings["loss"] = reference(x).detach(), lambda z, t: kl(t, z)
     if kind == "adaad":
-        teacher = teachers(name)["teacher"]
-        attacked = partial(both, student, teacher)
+        attacked = partial(both, student, teachers(name)["teacher"])
         settings["loss"] = lambda z, _: kl(z[1], z[0])
     return pgd(attacked, x, targets, **(settings | changes))
 
 
-def recorded_steps(name, preset, student, x, y, rng, labels):
+def recorded_steps(name, preset, student, x, y, rng, labels, **changes):
     """The attack by hand, and of its first ten iterates: how many until one is wrong, how many are right."""
     correct = []
-    x_adv = by_hand(
-        name,
-        preset,
-        student,
-        x,
-        y,
-        rng,
-        on_step=lambda step, _, z: correct.append((z.argmax(1) == labels).numpy()),
-    )
+
+    def record(step, _, logits):
+        correct.append((logits.argmax(1) == labels).numpy())
+
+    x_adv = by_hand(name, preset, student, x, y, rng, on_step=record, **changes)
     correct = np.stack(correct)
     assert len(correct) == 10
     first = np.where(correct.all(axis=0), 10, (~correct).argmax(axis=0))
