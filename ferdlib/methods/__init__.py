@@ -11,7 +11,6 @@ from ferdlib.methods import rules
 from ferdlib.methods.averaging import FairAverage
 from ferdlib.methods.distillation import ABSLD, ARD, IAD, MTARD, RSLAD, AdaAD
 from ferdlib.methods.ferd import FERDDistillation
-from ferdlib.methods.frozen import FrozenTeacher
 from ferdlib.methods.presets import (
     METHODS,
     PRESETS,
@@ -43,7 +42,6 @@ __all__ = [
     "Distilled",
     "FERDDistillation",
     "FairAverage",
-    "FrozenTeacher",
     "Method",
     "Recipe",
     "build_method",
