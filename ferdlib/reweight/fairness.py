@@ -17,18 +17,15 @@ from ferdlib.reweight._common import ROUNDING, filled, mean_one, ramp
 def gairat(steps_withstood: Tensor, steps: int, *, shift: float = -1.0) -> Tensor:
     r"""GAIRAT's sample weights $\omega_i \propto (1 + \tanh(\lambda + 5 (1 - 2 \kappa_i / K))) / 2$.
 
-    `lps_tanh` for the samples of a batch: mean 1 over them. The release takes `int(K / 2)` for K/2,
-    which for an odd K is another number (Zhang et al., Geometry-aware instance-reweighted adversarial
-    training, 2021).
+    `lps_tanh` for the samples of a batch: `(N,)` of mean 1, float32 for int64 counts. The release takes
+    `int(K / 2)` for K/2, which for an odd K is another number (Zhang et al., Geometry-aware
+    instance-reweighted adversarial training, 2021).
 
     Args:
         steps_withstood: the count of `attacks.least_pgd_steps` for each sample (the release's with
             `count="correct"`), `(N,)`, N >= 1, int64 or float, in [0, steps].
         steps: K >= 1, those of the attack that was counted.
         shift: $\lambda$, any finite number.
-
-    Returns:
-        `(N,)`, in the dtype of float counts, else float32.
 
     Example:
         >>> gairat(torch.tensor([4, 5]), steps=10)  # (1/2, 0.1192) over their mean
@@ -97,14 +94,13 @@ def cfa_mixing(robust_accuracy: Tensor, *, beta: float, base: float = 0.5) -> Te
 def kl_ball(scores: Tensor, *, radius: float = 0.5) -> Tensor:
     r"""FAAL's class probabilities, the worst case in a ball around the uniform distribution U.
 
-    (Zhang et al., Towards fairness-aware adversarial learning, 2024.)
-
     $$\arg\max_p \sum_c p_c a_c \quad \text{subject to} \quad \mathrm{KL}(U \| p) \le \rho$$
 
     The solution is $p_c \propto 1 / (\mu - a_c)$, with the $\mu > \max_c a_c$ that puts p on the
     sphere, found by bisection. Shifting or scaling all scores changes nothing: the radius alone
     says how far p goes. At 0.5 and K = 10 no class gets more than 0.575. Uniform if the radius is
-    0, all scores are equal, or all classes absent. No gradient flows to the scores.
+    0, all scores are equal, or all classes absent. No gradient flows to the scores (Zhang et al., Towards
+    fairness-aware adversarial learning, 2024).
 
     An absent class counts as one of mean score, as in `margin_softmax`. FAAL's release counts it too,
     with 0: it sets the score to -1, the least that a probability margin can be, but its objective sums
@@ -195,17 +191,15 @@ def _cfa_factors(robust_accuracy: Tensor, base: float) -> Tensor:
 def _distributions(confusion_probabilities: Tensor) -> Tensor:
     """Return rows that are distributions, or `nan` altogether, in float64."""
     _checks.floating(confusion_probabilities=confusion_probabilities)
-    p, shape = confusion_probabilities.double(), tuple(confusion_probabilities.shape)
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 2:
-        raise InvalidValue(
-            f"expected `confusion_probabilities` of shape (K, K) with K >= 2, got {shape}"
-        )
+    p, name = confusion_probabilities.double(), "confusion_probabilities"
+    if p.ndim != 2 or p.shape[0] != p.shape[1] or len(p) < 2:
+        raise InvalidValue(f"expected `{name}` of shape (K, K) with K >= 2, got {tuple(p.shape)}")
     # Rows in half precision sum to 1 within 1e-3.
     fine = (p >= 0).all(dim=1) & ((p.sum(dim=1) - 1).abs() <= 2e-3) | p.isnan().all(dim=1)
     if not bool(fine.all()):
         row = int((~fine).nonzero()[0])
         raise InvalidValue(
-            "expected rows of `confusion_probabilities` that are >= 0 and sum to 1 (or nan for an "
-            f"absent class), got {p[row].tolist()} in row {row}; divide sums by the class's count"
+            f"expected rows of `{name}` that are >= 0 and sum to 1 (or nan for an absent class), got "
+            f"{p[row].tolist()} in row {row}; divide sums by the class's count"
         )
     return p

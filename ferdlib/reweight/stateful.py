@@ -91,27 +91,22 @@ class FRLWeights:
 
     @property
     def eps_factors(self) -> Tensor:
-        r"""$\exp(2 \lambda^2)$ cut off at 0.98 and 3: factors of the attack's radius, `(K,)`.
-
-        The release's step is a quarter of the largest of its radii.
-        """
+        r"""Factors of the attack's radius, $\exp(2 \lambda^2)$ cut off at 0.98 and 3, `(K,)`."""
+        # The release's step is a quarter of the largest of its radii.
         return (2 * self.margin_multipliers).exp().clamp(0.98, 3.0)
 
     @public
     def update(self, clean_accuracy: Tensor, robust_accuracy: Tensor) -> None:
-        """Move the multipliers by an epoch's class accuracies `(K,)` on held-out data.
-
-        A class that is `nan` in either is absent.
-        """
-        _checks.class_vector(0, 1, num_classes=self.num_classes, clean_accuracy=clean_accuracy)
-        _checks.class_vector(0, 1, num_classes=self.num_classes, robust_accuracy=robust_accuracy)
+        """Move the multipliers by an epoch's class accuracies `(K,)` on held-out data, `nan` for absent."""
+        k, clean, robust = self.num_classes, clean_accuracy, robust_accuracy
+        _checks.class_vector(0, 1, num_classes=k, clean_accuracy=clean, robust_accuracy=robust)
         # A schedule may have set it.
         _checks.real(0, rate=self.rate)
-        clean, robust = clean_accuracy.detach().double(), robust_accuracy.detach().double()
+        clean, robust = clean.detach().double(), robust.detach().double()
         error, boundary = 1 - clean, clean - robust.to(clean.device)
         if bool(boundary.isnan().all()):
             raise InvalidValue(
-                "expected a class in both `clean_accuracy` and `robust_accuracy`, got none"
+                "expected a class in `clean_accuracy` and `robust_accuracy`, got none"
             )
         error = error.masked_fill(boundary.isnan(), torch.nan)
         too_much = error - error.nanmean() - self.clean_slack

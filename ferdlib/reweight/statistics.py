@@ -129,10 +129,8 @@ class ClassWeights(ClassMean):
     def step(self) -> None:
         """Set the weights to the rule of this epoch's class means, and start the next epoch.
 
-        Raises:
-            RuntimeError: no values since the last step.
-            TypeError, ValueError: a rule that returns anything but a finite, non-negative float
-                tensor `(K,)`. Weights and means are then as before.
+        RuntimeError without values since the last step; TypeError or ValueError for a rule that returns
+        anything but finite floats `(K,)` >= 0. Weights and means are then as before.
         """
         if not bool(self.counts.any()):
             raise InvalidState("expected `values` since the last step, got none")
@@ -141,7 +139,7 @@ class ClassWeights(ClassMean):
             raise InvalidType(f"expected `rule` to return a float tensor, got {_checks.got(w)}")
         if w.shape != (k,) or not bool((w.isfinite() & (w >= 0)).all()):
             raise InvalidValue(
-                f"expected `rule` to return ({k},) finite values >= 0, got {w.tolist()}"
+                f"expected `rule` to return {k} finite values >= 0, got {w.tolist()}"
             )
         self.weights = w.detach().double().clone()
         self.reset()
