@@ -13,6 +13,7 @@ from torch import nn
 
 from ferdlib import losses
 from ferdlib.attacks import autoattack, cw_linf, fgsm, least_pgd_steps, pgd, utae_pgd
+from ferdlib.attacks.ascent import draw_start
 from ferdlib.models import small_cnn
 
 DTYPES = (torch.float32, torch.float64)
@@ -261,16 +262,10 @@ DEFAULTS = {
     fgsm: RADII | {"random_start": None, "loss": losses.cross_entropy, "on_step": None},
     cw_linf: STEPS | {"steps": 20, "confidence": 50.0, "early_stop": False},
     utae_pgd: STEPS | {"reference_logits": None, "gamma": 0.5, "random_start": "normal"},
-    least_pgd_steps: STEPS
-    | {"labels": None, "count": "first", "loss": losses.cross_entropy, "early_stop": False},
-    autoattack: {
-        "eps": 8 / 255,
-        "version": "standard",
-        "batch_size": 250,
-        "seed": 0,
-        "on_batch": None,
-    },
+    autoattack: {"eps": 8 / 255, "version": "standard", "batch_size": 250, "seed": 0},
 }
+DEFAULTS[least_pgd_steps] = DEFAULTS[pgd] | {"labels": None, "count": "first"}
+DEFAULTS[autoattack] |= {"on_batch": None}
 
 
 @pytest.mark.parametrize("attack", list(DEFAULTS), ids=lambda attack: attack.__name__)
@@ -296,15 +291,12 @@ def start(x, random_start, eps=0.1, seed=0):
     return pgd(lambda _: None, x, y, eps=eps, steps=0, random_start=random_start, rng=rng)
 
 
-def test_uniform_start_fills_the_ball():
+def test_uniform_start_fills_the_ball_and_each_sample_s_own():
     offset = start(torch.full((50, 2, 8, 8), 0.5), "uniform") - 0.5
     assert 0.0999 < offset.abs().max() <= 0.1 + 1e-7
     assert offset.std() == pytest.approx(0.1 / 3**0.5, rel=0.03)
     assert offset.mean().abs() < 0.003
     assert (offset.abs() < 0.01).float().mean() == pytest.approx(0.1, abs=0.01)
-
-
-def test_uniform_start_fills_each_sample_s_own_ball():
     eps = torch.tensor([0.0, 0.02, 0.3])
     offset = start(torch.full((3, 8, 32, 32), 0.5), "uniform", eps) - 0.5
     assert (offset.abs().amax((1, 2, 3)) <= eps + 1e-7).all()
@@ -316,6 +308,16 @@ def test_normal_start_is_small_noise():
     assert (start(x, "normal") - x).std() == pytest.approx(0.001, rel=0.03)
     assert (start(x, "normal") - x).mean().abs() < 5e-5
     assert (start(x, "normal", eps=0.0005) - x).abs().max() <= 0.0005 + 1e-7
+
+
+def test_a_start_for_all_processes_is_cut_into_parts():
+    x, _ = batch(6)
+    for random_start, eps in [("uniform", 0.1), ("normal", 0.1), (None, 0.1)]:
+        rng = torch.Generator().manual_seed(0)
+        whole = draw_start(x, random_start, eps, rng)
+        parts = torch.cat([start(x[i::2], whole[i::2], eps) for i in (0, 1)])
+        expected = start(x, random_start, eps)
+        assert torch.equal(parts, torch.cat([expected[::2], expected[1::2]]))
 
 
 @pytest.mark.parametrize("eps", [0.1, torch.tensor([0.1, 0.02, 0.0], dtype=torch.float64)])

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ferdlib import losses
 from ferdlib.attacks import autoattack, cw_linf, fgsm, least_pgd_steps, pgd, utae_pgd
 
 K = 3
@@ -168,11 +167,10 @@ def test_half_precision_is_iterated_in_float32_and_stays_inside(tiny_model, atta
 
 
 @attacks
-@pytest.mark.parametrize("shape", [(1, 2, 6, 5), (1, 1, 4, 4), (3, 5, 4, 7), (0, 2, 6, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (3, 5, 4, 7), (0, 2, 6, 5)])
 def test_shapes(tiny_model, attack, shape):
     model, x = tiny_model(num_classes=K, in_channels=shape[1]), batch(*shape)
-    x_adv = ATTACKS[attack](model, x, answers(model, x), **radius(attack))
-    assert x_adv.shape == shape
+    assert ATTACKS[attack](model, x, answers(model, x), **radius(attack)).shape == shape
 
 
 @ascents
@@ -244,21 +242,6 @@ def test_wrappers_callables_and_layouts_change_nothing(tiny_model, attack):
     layout = model.to(memory_format=torch.channels_last)
     close = (ATTACKS[attack](layout, strided, y, **rest) - expected).abs() < 1e-5
     assert close.float().mean() > 0.95
-
-
-def test_a_tuple_for_a_loss_that_takes_one(tiny_model):
-    model, x, y = tiny_model(num_classes=K), batch(), torch.tensor([0, 1])
-    seen = []
-    x_adv = pgd(
-        lambda images: (images, model(images)),
-        x,
-        y,
-        loss=lambda pair, targets: losses.cross_entropy(pair[1], targets),
-        random_start=None,
-        on_step=lambda step, x_adv, output: seen.append(type(output)),
-    )
-    assert torch.equal(x_adv, pgd(model, x, y, random_start=None))
-    assert seen == [tuple] * 10
 
 
 @attacks

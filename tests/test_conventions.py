@@ -75,11 +75,15 @@ def test_pgd_hands_the_output_to_the_loss_unexamined():
     def pair(x):
         return make_tiny_model()(x), "more"
 
+    def note(step, x_adv, output):
+        seen.append(type(output))
+
     def loss(output, y):
         return losses.cross_entropy(output[0], y)
 
-    x_adv = attacks.pgd(make_tiny_model(), X, Y, rng=seeded())
-    assert torch.equal(x_adv, attacks.pgd(pair, X, Y, loss=loss, rng=seeded()))
+    seen, x_adv = [], attacks.pgd(make_tiny_model(), X, Y, rng=seeded())
+    assert torch.equal(x_adv, attacks.pgd(pair, X, Y, loss=loss, rng=seeded(), on_step=note))
+    assert seen == [tuple] * 10
     with pytest.raises(TypeError, match="^pgd: cross_entropy: expected `logits`"):
         attacks.pgd(pair, X, Y)
 

@@ -10,6 +10,7 @@ from ferdlib import losses
 from ferdlib.attacks import StepCounter, cw_linf, least_pgd_steps, pgd, utae_pgd
 
 COUNTS = ("first", "correct")
+IMAGES = torch.rand(40, 2, 6, 5, generator=torch.Generator().manual_seed(0))
 
 
 class Scripted(nn.Module):
@@ -82,24 +83,15 @@ def test_a_known_crossing(threshold, expected, count):
 
 
 def test_labels_decide_when_the_attack_is_on_teacher_logits(tiny_model):
-    teacher, x = (
-        tiny_model(seed=1),
-        torch.rand(6, 2, 6, 5, generator=torch.Generator().manual_seed(0)),
-    )
-    paths = [
-        [True] * 4,
-        [False] * 4,
-        [True, True, False, False],
-        [True, False, True, False],
-    ] + 2 * [[True, False, False, True]]
+    teacher, x = tiny_model(seed=1), IMAGES[:6]
+    paths = [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], *2 * [[1, 0, 0, 1]]]
+    paths = [[bool(answer) for answer in path] for path in paths]
     reference, arguments = teacher(x).detach()[:, :3], {"loss": losses.distillation, "steps": 4}
-    _, lps = least_pgd_steps(
-        Scripted(paths), x, reference, labels=torch.ones(6).long(), **arguments
-    )
+    labels = torch.ones(6, dtype=torch.int64)
+    _, lps = least_pgd_steps(Scripted(paths), x, reference, labels=labels, **arguments)
     assert lps.tolist() == [4, 0, 2, 1, 1, 1]
-    _, lps = least_pgd_steps(
-        Scripted(paths), x, reference, labels=torch.zeros(6).long(), **arguments
-    )
+    labels = torch.zeros(6, dtype=torch.int64)
+    _, lps = least_pgd_steps(Scripted(paths), x, reference, labels=labels, **arguments)
     assert lps.tolist() == [0, 4, 0, 0, 0, 0]
     labels = torch.tensor([2] * 6)
     model = tiny_model()
@@ -112,7 +104,7 @@ def test_labels_decide_when_the_attack_is_on_teacher_logits(tiny_model):
 
 def test_on_step_sees_the_iterates_before_each_update(tiny_model):
     model, y = tiny_model(), torch.arange(4)
-    x = torch.rand(4, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    x = IMAGES[:4]
     arguments = {"eps": 0.1, "step_size": 0.03, "random_start": 0.05 * (x - 0.5)}
     seen = []
 
@@ -134,7 +126,7 @@ def test_on_step_sees_the_iterates_before_each_update(tiny_model):
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_images_are_those_of_pgd(tiny_model, count):
     model, y = tiny_model(), torch.arange(4)
-    x = torch.rand(4, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    x = IMAGES[:4]
     x_adv, _ = least_pgd_steps(model, x, y, count=count, rng=torch.Generator().manual_seed(7))
     assert torch.equal(x_adv, pgd(model, x, y, rng=torch.Generator().manual_seed(7)))
 
@@ -175,7 +167,7 @@ COUNTED = {  # attacks of four steps on labels, another model's logits, and two 
 @pytest.mark.parametrize("attack", list(COUNTED))
 def test_a_counter_counts_any_attack(tiny_model, attack, count):
     model = tiny_model()
-    x = torch.rand(40, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    x = IMAGES
     y, path = model(x).argmax(dim=1), []
     arguments = {"eps": 0.1, "step_size": 0.03, "random_start": 0.01 * (x - 0.5)}
     COUNTED[attack](model, x, y, on_step=lambda _, adv, __: path.append(adv), **arguments)
@@ -190,7 +182,7 @@ def test_a_counter_counts_any_attack(tiny_model, attack, count):
 
 def test_a_counter_follows_the_samples_that_an_early_stop_leaves(tiny_model):
     model = tiny_model()
-    x = torch.rand(40, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    x = IMAGES
     y = model(x).argmax(dim=1)
     arguments = {"eps": 0.1, "step_size": 0.01, "steps": 6, "random_start": None}
     _, expected = least_pgd_steps(model, x, y, **arguments)
