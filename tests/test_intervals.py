@@ -12,6 +12,7 @@ from ferdlib import metrics
 from ferdlib import stats as intervals
 from ferdlib.stats import (
     average_interval,
+    draws,
     holm,
     mcnemar,
     nsd_interval,
@@ -293,6 +294,29 @@ def test_average_and_nsd_cover(world, average, nsd):
     measured = measure(worlds(10)[world], 54, 600, figures=("average", "NSD"), draws=500)
     assert average[0] <= measured["average"][0] <= average[1]
     assert nsd[0] <= measured["NSD"][0] <= nsd[1]
+
+
+@pytest.mark.parametrize("world", ["FAAL", "one bad", "all 0.5"])
+def test_the_normal_limit_of_many_classes_is_the_bootstrap(world, monkeypatch):
+    """Limits of 10,000 draws; classes of different sizes, and a few absent."""
+    rng = torch.Generator().manual_seed(0)
+    totals = torch.randint(5, 40, (300,), generator=rng)
+    totals[:5] = 0
+    truth = worlds(300)[world]
+    counts = torch.binomial(totals.double(), truth, generator=rng).long(), totals
+    fast = average_interval(*counts), nsd_interval(*counts)
+    monkeypatch.setattr(draws, "MANY_CLASSES", 300)
+    slow = average_interval(*counts), nsd_interval(*counts)
+    for one, two in zip(fast, slow, strict=True):
+        width = float(two[1] - two[0])
+        assert not torch.equal(one, two)
+        close(one, two, atol=0.06 * width)
+
+
+def test_average_and_nsd_cover_among_a_thousand_classes():
+    measured = measure(worlds(1000)["FAAL"], 10, 400, figures=("average", "NSD"), draws=500)
+    assert 0.92 <= measured["average"][0] <= 0.975
+    assert 0.92 <= measured["NSD"][0] <= 0.975
 
 
 def test_plain_percentiles_do_not_cover():
