@@ -53,7 +53,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """True on the process that writes and prints."""
         return self.rank == 0
 
     def share(self, name: str, count: int) -> int:
@@ -98,7 +98,7 @@ class Ranks:
         return self.total((~flags).int()) == 0
 
     def anywhere(self, flag: bool) -> bool:
-        """Whether the flag is set on some process; all of them must ask."""
+        """True if the flag is set on some process; all of them must ask."""
         return bool(self.total(torch.tensor(int(flag)))) if self.size > 1 else flag
 
     def add_to(self, mean: Any) -> None:

@@ -129,36 +129,3 @@ def test_the_package_knows_its_names():
     assert set(ferdlib.trainer.__all__) <= set(dir(ferdlib.trainer))
     with pytest.raises(AttributeError, match="'ferdlib.trainer' has no attribute 'Trainer'"):
         ferdlib.trainer.Trainer  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind"),
-    [
-        ({"num_classes": 1}, ValueError),
-        ({"num_classes": 10.0}, TypeError),
-        ({"layer": 3}, TypeError),
-        ({"image_shape": (8, 8)}, ValueError),
-        ({"epochs": 0}, ValueError),
-        ({"warmup_epochs": 220}, ValueError),
-        ({"eps": -0.1}, ValueError),
-        ({"eps": "8/255"}, TypeError),
-        ({"student_lr": 0.0}, ValueError),
-        ({"gamma": float("nan")}, ValueError),
-        ({"clean_weight": -1.0}, ValueError),
-        ({"momentum": 1.5}, ValueError),
-        ({"augment": "flip"}, ValueError),
-        ({"random_start": "gaussian"}, ValueError),
-        ({"reweighting": "softmax"}, ValueError),
-        ({"class_floor": 0.1}, ValueError),
-        ({"class_floor": 0.05, "reweighting": "lps_power"}, ValueError),
-        ({"optimise_latents": 1}, TypeError),
-        ({"pool_capacity": 0}, ValueError),
-        ({"image_shape": (3, 30, 32)}, ValueError),
-        ({"image_shape": (3, "32", 32)}, ValueError),
-        ({"margin_ema": 1.0}, ValueError),
-    ],
-)
-def test_config_names_the_wrong_field(changes, kind):
-    name = next(iter(changes))
-    with pytest.raises(kind, match=f"^FERDConfig: expected .*`?{name}`?"):
-        FERDConfig(**(SIZE | changes))

@@ -132,7 +132,7 @@ def states():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda own, other: {"weights": 1}, "what `state_dict` returned"),
+        (lambda own, other: {"weights": 1}, "`state` as `state_dict` returned it"),
         (lambda own, other: other, "random generators of trainer, got those of trainer, source"),
         (
             lambda own, other: own | {"config": own["config"] | {"gamma": 0.1, "eps": 0.2}},
@@ -149,12 +149,15 @@ def states():
             )
             for key in ("class_probabilities", "statistic")
         ),
+        (lambda own, other: own | {"method": {"epoch": 3}}, ""),
+        (lambda own, other: own | {"source": own["source"] | {"more": 1}}, ""),
     ],
 )
 def test_another_state_is_refused_and_nothing_is_loaded(make, words):
     trainer = make_trainer()
     before = trainer.state_dict()
-    with pytest.raises(ValueError, match=f"^FERDTrainer.load_state_dict: expected .*{words}"):
+    who = "FERDTrainer" if words else "(FERDDistillation|Inversion)"
+    with pytest.raises(ValueError, match=rf"^{who}\.load_state_dict: expected .*{words}"):
         trainer.load_state_dict(make(*states()))
     assert same(trainer.state_dict(), before)
 

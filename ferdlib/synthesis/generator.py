@@ -59,6 +59,7 @@ class Generator(nn.Module):
         if num_classes is not None:
             _checks.integer(2, num_classes=num_classes)
             self.embedding = nn.Embedding(num_classes, latent_dim)
+        # A label's embedding is as long as the code that it is put behind.
         inputs = latent_dim if num_classes is None else 2 * latent_dim
         self.project = nn.Linear(inputs, 2 * width * (height // 4) * (breadth // 4))
         self.decode = nn.Sequential(

@@ -195,10 +195,12 @@ class Inversion:
         labels = sample_labels(
             class_probabilities, self.batch_size, method=self.label_sampling, rng=self.rng
         )
+        # Drawn for the global batch, so that the classes are those of one process.
         labels = self.ranks.part(labels).to(device)
         reset = getattr(self.generator, "reset", None)
         if self.reset_generator and callable(reset):
             reset(self.rng)
+        # In train mode BatchNorm normalises by the batch that is being made.
         with borrowed(self.generator, training=True, freeze=False):
             made = optimise(
                 partial(self._objective, student, latents, labels),
@@ -243,6 +245,7 @@ class Inversion:
         with self.precision():
             conditional = getattr(self.generator, "embedding", None) is not None
             images = self._parallel(latents, labels) if conditional else self._parallel(latents)
+            # Under autocast the generator's are bfloat16, too coarse to be stored.
             images = images.float()
             x = images if self.augment is None else self.augment(images)
             self.last_images = x.detach()
@@ -276,6 +279,7 @@ class Inversion:
         watched: Sequence[nn.Module] = ()
         if self.bn_loss_weight > 0:
             watched = (self.teacher, student) if self.bn_models == "both" else (self.teacher,)
+        # L_bn is of the global batch's statistics, not of each process's.
         reduce = sum_over_ranks if self.ranks.size > 1 else None
         statistics_of = partial(losses.BatchNormStatistics, reduce=reduce)
         # The bottleneck fires the head's layers again, so the statistics are closed before it.

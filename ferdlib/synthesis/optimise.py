@@ -79,8 +79,10 @@ def optimise(
     _forget(trained)
     assert kept is not None
     images, score = kept
+    # An image whose score never was finite is not worth keeping either.
     healthy[-1] = healthy[-1] & score.isfinite().all()
     parts = found.parts | {"total": found.total}
+    # One collective call and one wait for all of them.
     means = ranks.mean(torch.stack([part.detach().double() for part in parts.values()]))
     return Optimised(
         images=images,

@@ -92,13 +92,16 @@ class ImagePool:
                 raise InvalidValue(
                     f"expected `{name}` for each of {len(x)} images, got {got(values)}"
                 )
+        # Rounded to the nearest value; a cast alone would truncate.
         pixels = x.detach() if self.dtype == torch.float32 else (x.detach() * 255).round()
         rows = {"images": pixels.to(self.dtype), "labels": y.to(x.device), **columns}
         self._check_like_the_stored(rows)
+        # Of a batch larger than the pool only the last images would stay.
         if self.capacity is not None:
             rows = {name: values[-self.capacity :] for name, values in rows.items()}
         count = len(rows["labels"])
         self._reserve(rows, self._added + count)
+        # Where the ring is full, the next slots are those of the oldest images.
         slots = torch.arange(self._added, self._added + count, device=x.device)
         if self.capacity is not None:
             slots = slots % self.capacity
@@ -167,6 +170,7 @@ class ImagePool:
         _checks.integer(1, count=count)
         _checks.generator(rng)
         self._check_filled()
+        # Drawn where the generator is, then moved.
         home = self._columns["images"].device
         device = home if rng is None else rng.device
         if count <= len(self):

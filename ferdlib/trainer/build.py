@@ -57,6 +57,7 @@ def inversion(
     if config.layer is None:
         raise InvalidValue("expected `config.layer` for FERD's source, got None")
     features, head = split_at(teacher, config.layer)
+    # Two names mean a choice in the config and what carries it out in the source.
     settings = shared_settings(config, Inversion) | {
         "augment": augmentation(config, rng, ranks) if config.augment_synthesis else None,
         "precision": partial(precision, config, next(teacher.parameters()).device),
@@ -97,6 +98,7 @@ def keeps_examples(config: FERDConfig, method: Method) -> bool:
 
 def fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generator) -> nn.Module:
     """Build a generator whose weights come from `rng` alone: torch's initialisers read the global state."""
+    # On no device at first: the layers' own initialisation would be thrown away.
     with torch.device("meta"):
         generator = Generator(
             config.image_shape,
@@ -126,6 +128,7 @@ def augmentation(config: FERDConfig, rng: torch.Generator, ranks: Ranks) -> Augm
 
     def augment(x: Tensor) -> Tensor:
         drawn = Crops.draw(len(x) * ranks.size, device=x.device, **settings)
+        # Drawn for all processes, of which each takes its rows.
         part: dict[str, Any] = {
             name: ranks.part(getattr(drawn, name)) for name in ("top", "left", "mirrored")
         }
@@ -137,6 +140,7 @@ def augmentation(config: FERDConfig, rng: torch.Generator, ranks: Ranks) -> Augm
 def rule(config: FERDConfig) -> Rule | None:
     """Map from class statistics to probabilities, up to normalisation."""
     steps = config.margin_attack_steps
+    # By default no class falls below half of its share under equal probabilities.
     floor = 0.5 / config.num_classes if config.class_floor is None else config.class_floor
     temperature = config.reweight_temperature
     rules: dict[str, Rule | None] = {
@@ -183,6 +187,7 @@ def precision(config: FERDConfig, device: torch.device) -> AbstractContextManage
 
 def adopt(part: object, device: torch.device, rng: torch.Generator) -> None:
     """Move the modules of a source or method to the device, and give it a generator if it has none."""
+    # A part with slots keeps its modules to itself.
     for value in getattr(part, "__dict__", {}).values():
         if isinstance(value, nn.Module):
             value.to(device)
@@ -213,18 +218,20 @@ def check_models(teacher: Any, student: Any, config: Any) -> None:
         )
 
 
-def check_parts(**given: Any) -> None:
+def check_parts(*, generator: Any, source: Any, method: Any) -> None:
     """Refuse a replaced part, where one is given, that the trainer cannot use."""
-    given = {name: part for name, part in given.items() if part is not None}
-    if "generator" in given:
-        _checks.module(generator=given.pop("generator"))
-    for name, kind in (("source", Source), ("method", Method)):
-        part = given.pop(name, None)
+    if generator is not None:
+        _checks.module(generator=generator)
+    for name, part, kind in (("source", source, Source), ("method", method, Method)):
         if part is not None and not isinstance(part, kind):
             raise InvalidType(
                 f"expected `{name}` with the methods of a {kind.__name__}, got {got(part)}"
             )
-    _checks.callable_(**given)
+
+
+def check_functions(**given: Any) -> None:
+    """Refuse a replaced function, where one is given, that cannot be called."""
+    _checks.callable_(**{name: part for name, part in given.items() if part is not None})
 
 
 def check_together(config: FERDConfig, source: Source, method: Method, validation: object) -> None:
@@ -263,6 +270,7 @@ def check_state(
     """Refuse a state of another trainer before anything of it is loaded."""
     if not isinstance(state, dict) or state.keys() != set(STATE):
         raise InvalidValue("expected `state` as `state_dict` returned it, got something else")
+    # A state that other settings made would go on as a run that nobody asked for.
     saved = state["config"]
     differing = sorted(k for k in config.keys() | saved.keys() if saved.get(k) != config.get(k))
     if differing:

@@ -57,6 +57,7 @@ class ClassProbabilities:
             return p
         self.statistic = self._averaged(self._class_means(x, y))
         p = reweight.normalize(self.rule(self.statistic), to="sum").float()
+        # A class that takes over starves the others of images, and its margin feeds itself.
         largest = float(p.max())
         if largest > max(0.5, 2 / self.config.num_classes):
             LOG.warning(
@@ -84,6 +85,7 @@ class ClassProbabilities:
         config = self.config
         if config.margin_labels == "teacher":
             y = self._finite(teacher_logits(self.teacher, x)).argmax(dim=1)
+        # Sums and counts of each class, which add up over processes where means would not.
         means = reweight.ClassMean(config.num_classes)
         try:
             means.update(self._values(x, y), y)
@@ -109,6 +111,7 @@ class ClassProbabilities:
 
     def _start(self, x: Tensor) -> Tensor:
         """Draw the attack's start for the global batch, uniformly in the ball, and take this process's."""
+        # Drawn where the generator is, then moved: the same numbers on every device.
         shape = (len(x) * self.ranks.size, *x.shape[1:])
         noise = torch.empty(shape, dtype=x.dtype, device=self.rng.device)
         noise.uniform_(-self.config.eps, self.config.eps, generator=self.rng)

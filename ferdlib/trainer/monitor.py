@@ -67,6 +67,7 @@ def image_stats(
     pool: ImagePool, x: Tensor, y: Tensor, teacher_logits: Tensor, num_classes: int, ranks: Ranks
 ) -> dict[str, Any]:
     """Compute the fields of `EpochStats` that describe the stored images, over all processes."""
+    # Processes have equally many images, so the mean of their means is that of all.
     agree = (teacher_logits.argmax(dim=1) == y).float().mean()
     diversity = x.std(dim=0).mean() if len(x) > 1 else x.new_zeros(())
     counts = torch.bincount(pool.labels, minlength=num_classes)
@@ -87,6 +88,7 @@ class CollapseMonitor:
 
     def __init__(self) -> None:
         self.largest_diversity = 0.0
+        # Signs that the last epoch had; what is known is not said again.
         self._known: set[str] = set()
 
     def watch(self, stats: EpochStats) -> None:
@@ -126,6 +128,7 @@ class StepLosses:
     """Losses of an epoch's student steps, watched for NaN and infinity."""
 
     def __init__(self) -> None:
+        # Tensors on the device, read once per epoch.
         self.values: list[Tensor] = []
         self._healthy: list[Tensor] = []
 
@@ -165,7 +168,13 @@ class StepLosses:
 
 
 def end_run(
-    error: NonFiniteError, folder: Path | None, *, epoch: int, **diagnostics: Any
+    error: NonFiniteError,
+    folder: Path | None,
+    *,
+    epoch: int,
+    class_probabilities: Tensor,
+    optimizer: torch.optim.Optimizer,
+    models: dict[str, nn.Module | None],
 ) -> NoReturn:
     """Dump the diagnostics as JSON, if there is a folder for it, and raise.
 
@@ -175,10 +184,18 @@ def end_run(
     where = ""
     if folder is not None:
         path = folder / f"not-finite-epoch-{epoch}.json"
-        content = {"part": error.part, "epoch": epoch, "step": error.step, "losses": error.losses}
+        content = {
+            "part": error.part,
+            "epoch": epoch,
+            "step": error.step,
+            "losses": error.losses,
+            "class_probabilities": class_probabilities.tolist(),
+            "learning_rates": [group["lr"] for group in optimizer.param_groups],
+            "non_finite": {name: non_finite(model) for name, model in models.items()},
+        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(_writable(content | diagnostics), indent=1))
+            write_file(path, json.dumps(_writable(content), indent=1))
             where = f"; {str(path)!r} has the figures"
         except OSError as failure:
             # The run ends for a better reason than this one.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,14 @@ from ferdlib.methods.protocol import teacher_logits
 from ferdlib.models.freeze import FrozenModel, fast_copy
 from ferdlib.synthesis import Source
 from ferdlib.synthesis.health import NonFiniteError
-from ferdlib.synthesis.inversion import OptimizerFactory, adam
+from ferdlib.synthesis.inversion import Batch, OptimizerFactory, adam
 from ferdlib.trainer import build
 from ferdlib.trainer.class_probabilities import ClassProbabilities, Rule
 from ferdlib.trainer.config import FERDConfig
-from ferdlib.trainer.monitor import (
-    CollapseMonitor,
-    EpochStats,
-    StepLosses,
-    end_run,
-    image_stats,
-    non_finite,
-)
+from ferdlib.trainer.monitor import CollapseMonitor, EpochStats, StepLosses, end_run, image_stats
 
 LOG = logging.getLogger("ferdlib")
 
-Batch = tuple[Tensor, Tensor]
 AttackStep = Callable[[nn.Module, Tensor, Tensor], Tensor]
 StudentOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -51,27 +43,24 @@ class FERDTrainer:
     The student is trained in place; the teacher is only borrowed. All randomness comes from `seed` (layers
     of the student that draw noise themselves, such as dropout, excepted).
 
-    Several processes of `torch.distributed` train one student. Codes, labels, crops, the images of a step and
-    the start of the margin attack are drawn for the global batch, so that they are those of one process. The
-    student's attack and the bottleneck draw their noise on each process.
+    Several processes of `torch.distributed` train one student. Codes, labels, crops, a step's images and the
+    margin attack's start are drawn for the global batch; the student's attack and the bottleneck draw on each.
 
     Args:
-        teacher: robust module from images in [0, 1] to logits `(N, K)`.
-        student: module from the same images to logits `(N, K)`.
+        teacher, student: modules from images in [0, 1] to logits `(N, K)`.
         generator: codes to images; None makes a `synthesis.Generator` of the config's shape.
         config: the settings.
         source: makes images, instead of FERD's inversion.
-        method: attack and loss, instead of FERD's. The modules of a source or method follow the device; one
-            with an `rng` that is None gets a generator from `seed`.
-        attack: called as `attack(student, x, y)`, instead of the method's. A rule that learns from the
-            attack (Fair-ARD's, GAIRAT) learns nothing from another one.
+        method: attack and loss, instead of FERD's. Modules of a source or method follow the device; one with
+            an `rng` that is None gets a generator from `seed`.
+        attack: called as `attack(student, x, y)`, instead of the method's; a rule that watches the method's
+            attack (Fair-ARD's, GAIRAT) learns nothing from it.
         validation: batches `(x, y)` of held-out images, iterated once per epoch, for methods that need them.
         reweight: class means of the margin `(K,)` to class probabilities `(K,)`, instead of the config's rule.
         student_optimizer: makes the student's optimizer from its parameters, instead of the config's SGD.
         generator_optimizer: makes the generator's from parameter groups at every epoch, instead of Adam.
         seed: of all randomness, >= 0.
-        diagnostics: folder for a JSON file with the figures of a run that stops at NaN or infinity; None
-            writes none.
+        diagnostics: folder for a JSON file with the figures of a run that stops at NaN or infinity.
         device: where the models are moved; None leaves them where the student is.
 
     Attributes:
@@ -115,20 +104,15 @@ class FERDTrainer:
         device: torch.device | str | None = None,
     ) -> None:
         build.check_models(teacher, student, config)
-        build.check_parts(
-            generator=generator,
-            source=source,
-            method=method,
-            attack=attack,
-            reweight=reweight,
-            student_optimizer=student_optimizer,
-            generator_optimizer=generator_optimizer,
-        )
+        build.check_parts(generator=generator, source=source, method=method)
+        build.check_functions(attack=attack, reweight=reweight, student_optimizer=student_optimizer)
+        build.check_functions(generator_optimizer=generator_optimizer)
         _checks.integer(0, seed=seed)
         self._diagnostics = (
             None if diagnostics is None else _checks.path("diagnostics", diagnostics)
         )
         self._ranks = Ranks.here()
+        # Images of a student step on this process.
         self._share = self._ranks.share("config.batch_size", config.batch_size)
         # One process has one generator. Of several, each also has its own, seeded anew every epoch.
         self._rng = torch.Generator().manual_seed(seed)
@@ -139,24 +123,20 @@ class FERDTrainer:
         self.device = here if device is None else _checks.device(device)
         self.config, self.epoch = config, 0
         self.teacher, self.student = teacher.to(self.device), student.to(self.device)
+        # Wherever only the teacher's logits count, a copy with BatchNorm folded gives them faster.
         self._fast_teacher = fast_copy(teacher) if config.fold_batchnorm else teacher
         self._parallel = self._ranks.parallel(student)
 
         if source is None:
             build.check_logits(teacher, student, config, self.device)
             generator = generator or build.fresh_generator(config, self.device, self._rng)
-            source = build.inversion(
-                config,
-                teacher,
-                generator.to(self.device),
-                generator_optimizer or adam,
-                self._rng,
-                self._own_rng,
-                self._ranks,
-            )
+            generator, optimizer = generator.to(self.device), generator_optimizer or adam
+            rngs = self._rng, self._own_rng
+            source = build.inversion(config, teacher, generator, optimizer, *rngs, self._ranks)
         self.generator = generator
         self.source: Source = source
         self.pool = build.pool(config, self._ranks)
+        # What a source has still to yield in an epoch that `synthesize` began.
         self._begun: Iterator[Batch] = iter(())
         self._batch: Batch | None = None
 
@@ -194,7 +174,14 @@ class FERDTrainer:
             try:
                 yield self._run_epoch()
             except NonFiniteError as error:
-                self._end_run(error)
+                end_run(
+                    error,
+                    self._diagnostics,
+                    epoch=self.epoch + 1,
+                    class_probabilities=self.class_probabilities,
+                    optimizer=self.student_optimizer,
+                    models={"student": self.student, "generator": self.generator},
+                )
 
     def fit(self) -> list[EpochStats]:
         """Run `epochs()` to the end."""
@@ -244,6 +231,7 @@ class FERDTrainer:
         Raises:
             RuntimeError: the pool is empty.
         """
+        # Each process holds other images, so the same numbers on all of them are a global batch.
         index = self.pool.draw(self._share, rng=self._rng)
         x, y = self.pool[index]
         x = x if self._augment is None else self._augment(x)
@@ -256,6 +244,7 @@ class FERDTrainer:
             reference = self._reference(index, x)
             x_adv = self._adversarial(index, x, y, reference)
             loss = self.method.loss(self._parallel, x, x_adv, y, reference).mean()
+        # The gradients stay after the step, for the epoch's watch over finite numbers.
         self.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.student_optimizer.step()
@@ -267,7 +256,36 @@ class FERDTrainer:
         Taken between epochs; the teacher is not in it. It holds tensors and plain values only, as
         `Checkpoints` and `torch.load(..., weights_only=True)` want it. Every process must call it.
         """
-        state = {
+        # Shares are put together, so that any number of processes can go on.
+        pool = self.pool.state_dict()
+        columns = {name: self._ranks.gathered(rows) for name, rows in pool["columns"].items()}
+        whole = {"columns": columns, "added": pool["added"] * self._ranks.size}
+        return {**copy.deepcopy(self._state()), "pool": whole}
+
+    @public
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict()` of a trainer with the same config.
+
+        Raises:
+            ValueError: the state was made under another config (the fields that differ are named), for
+                another student, source or method, or with other random generators; nothing is loaded then.
+        """
+        build.check_state(state, asdict(self.config), self.student, self._generators())
+        own, whole = copy.deepcopy(self._state()), state["pool"]
+        share: dict[str, Any] = {"added": self._ranks.share("images in the pool", whole["added"])}
+        share["columns"] = {name: self._ranks.part(rows) for name, rows in whole["columns"].items()}
+        try:
+            # Optimizers keep the tensors that they are given; the pool makes its own copy.
+            self._load(copy.deepcopy({key: value for key, value in state.items() if key != "pool"}))
+            self.pool.load_state_dict(share, device=self.device)
+        except Exception:
+            self._load(own)
+            raise
+        self._batch, self._begun = None, iter(())
+
+    def _state(self) -> dict[str, Any]:
+        """Everything but the pool, not copied."""
+        return {
             "config": asdict(self.config),
             "epoch": self.epoch,
             "student": self.student.state_dict(),
@@ -279,36 +297,15 @@ class FERDTrainer:
             "largest_diversity": self._monitor.largest_diversity,
             "rng": {name: rng.get_state() for name, rng in self._generators().items()},
         }
-        pool = self.pool.state_dict()
-        columns = {name: self._ranks.gathered(rows) for name, rows in pool["columns"].items()}
-        whole = {"columns": columns, "added": pool["added"] * self._ranks.size}
-        return {**copy.deepcopy(state), "pool": whole}
 
-    @public
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict()` of a trainer with the same config.
-
-        Raises:
-            ValueError: the state was made under another config (the fields that differ are named), for
-                another student, or with other random generators; nothing is loaded then.
-        """
-        build.check_state(state, asdict(self.config), self.student, self._generators())
-        whole = state["pool"]
-        added = self._ranks.share("images in the pool", whole["added"])
-        columns = {name: self._ranks.part(rows) for name, rows in whole["columns"].items()}
-        self.pool.load_state_dict({"columns": columns, "added": added}, device=self.device)
-        state = copy.deepcopy({key: value for key, value in state.items() if key != "pool"})
-        self.student.load_state_dict(state["student"])
-        self.student_optimizer.load_state_dict(state["student_optimizer"])
-        self.source.load_state_dict(state["source"])
-        self.method.load_state_dict(state["method"])
-        self.class_probabilities = state["class_probabilities"]
-        self._probabilities.statistic = state["statistic"]
-        self._monitor.largest_diversity = state["largest_diversity"]
+    def _load(self, state: dict[str, Any]) -> None:
+        for name in ("student", "student_optimizer", "source", "method"):
+            getattr(self, name).load_state_dict(state[name])
         for name, rng in self._generators().items():
             rng.set_state(state["rng"][name])
-        self.epoch = state["epoch"]
-        self._batch, self._begun = None, iter(())
+        self.class_probabilities, self.epoch = state["class_probabilities"], state["epoch"]
+        self._probabilities.statistic = state["statistic"]
+        self._monitor.largest_diversity = state["largest_diversity"]
 
     def _run_epoch(self) -> EpochStats:
         """Algorithm 1: for each batch of the source, store it, reweight the classes, distil."""
@@ -323,9 +320,10 @@ class FERDTrainer:
             for _ in range(0 if warmup else self.config.student_steps):
                 with losses.watching(self.student):
                     losses.add(self.distill_step(), self.student)
+        # Only now, because reading a loss makes an accelerator wait.
+        student_loss = losses.mean()
         if self._batch is None:
             raise RuntimeError("FERDTrainer.epochs: expected `source` to yield a batch, got none")
-        student_loss = losses.mean()
         if not warmup:
             self._end_epoch_of_method()
         self.epoch += 1
@@ -344,6 +342,7 @@ class FERDTrainer:
         """Append a batch to the pool, with what is computed once per image."""
         x, y = batch
         columns = {}
+        # Of the images as they will come back: rounding to uint8 changes logits.
         with build.precision(self.config, self.device):
             stored = self.pool.stored(x)
             reference = self.method.reference(stored) if self._keeps_logits else None
@@ -392,17 +391,6 @@ class FERDTrainer:
             synthesis=dict(self.source.metrics),
             seconds=seconds,
             **image_stats(self.pool, x, y, logits, self.config.num_classes, self._ranks),
-        )
-
-    def _end_run(self, error: NonFiniteError) -> NoReturn:
-        models = {"student": self.student, "generator": self.generator}
-        end_run(
-            error,
-            self._diagnostics,
-            epoch=self.epoch + 1,
-            class_probabilities=self.class_probabilities.tolist(),
-            learning_rates=[group["lr"] for group in self.student_optimizer.param_groups],
-            non_finite={name: non_finite(model) for name, model in models.items()},
         )
 
     def _generators(self) -> dict[str, torch.Generator]:

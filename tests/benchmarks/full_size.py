@@ -1,4 +1,7 @@
-"""One step of each of FERD's stages at the paper's full size: WRN-34-10 teacher, ResNet-18 student."""
+"""One step of each of FERD's stages at the paper's full size: WRN-34-10 teacher, ResNet-18 student.
+
+python -m pytest tests/benchmarks/full_size.py
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # In a process of its own, whose peak memory is this step's alone.
 PROGRAM = """
@@ -38,7 +41,6 @@ print(json.dumps(figures))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_one_step_of_each_stage(preset, capsys):
     result = subprocess.run(
