@@ -84,6 +84,7 @@ class Crops:
         if len(x) != len(self.top):
             raise InvalidValue(f"expected `x` of {len(self.top)} images, got {len(x)}")
         n, _, height, width = x.shape
+        # A mirrored image takes the columns of its crop from right to left.
         across = torch.arange(width, device=x.device)
         columns = torch.where(self.mirrored[:, None], across.flip(0), across) + self.left[:, None]
         rows = self.top[:, None] + torch.arange(height, device=x.device)

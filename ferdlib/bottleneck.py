@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidType, InvalidValue, public
 from ferdlib._modes import borrowed
-from ferdlib.losses import cross_entropy
+from ferdlib.losses import _kernels
 
 __all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
 
@@ -34,7 +34,7 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
     in eval mode. For one that `torch.fx` cannot trace, pass your own pair of callables instead.
 
     Args:
-        model: any module that torch.fx can trace.
+        model: module that torch.fx can trace.
         layer_name: a name of `model.named_modules()`, such as "layer4" or "bn1"; a container is cut
             behind its last layer. Everything later must depend on the input through it alone.
 
@@ -206,8 +206,8 @@ def noise_scale(
             ratio = v / sigma.square()
             r = ratio - ratio.log() - 1
             penalty = r.sum(dim=1) if reduction == "sum" else r.mean(dim=1) / 2
-            objective = (cross_entropy(logits, targets) + beta * penalty).mean()
-            # Written to the one gradient that there is: the head's weights collect none.
+            objective = (_kernels.cross_entropy(logits, targets) + beta * penalty).mean()
+            # `backward` would leave gradients in the weights of a head that cannot be frozen.
             (raw.grad,) = torch.autograd.grad(objective, raw)
             health = health + objective.detach()
             optimizer.step()

@@ -293,9 +293,8 @@ def test_shape_of_the_noise(noise):
         by_channel = added.flatten(2)
         spread = by_channel.amax(dim=2) - by_channel.amin(dim=2)
         assert (spread < 1e-5).all() if noise == "channel" else (spread > 0.1).all()
-        assert (
-            len(by_channel[:, :, 0].flatten().unique()) == 12
-        )  # its own in each sample and channel
+        # Its own in each sample and channel.
+        assert len(by_channel[:, :, 0].flatten().unique()) == 12
     many = torch.zeros(500, 4, 1, 2)
     many[..., 1] = 1.0
     z = many
@@ -372,14 +371,9 @@ def test_thresholds_by_hand(threshold, nonrobust):
     mask = nonrobust_channels(PAIRS, SIGMA, threshold=threshold)
     assert mask.dtype == torch.bool
     assert mask.tolist() == nonrobust
-    assert (
-        nonrobust_channels(PAIRS.half(), SIGMA.double(), threshold=threshold).tolist() == nonrobust
-    )
-
-
-def test_default_threshold_is_the_sample():
-    sample = nonrobust_channels(PAIRS, SIGMA, threshold="sample")
-    assert torch.equal(nonrobust_channels(PAIRS, SIGMA), sample)
+    half = nonrobust_channels(PAIRS.half(), SIGMA.double(), threshold=threshold)
+    assert half.tolist() == nonrobust
+    assert torch.equal(nonrobust_channels(PAIRS, SIGMA), mask) == (threshold == "sample")
 
 
 @pytest.mark.parametrize("threshold", ["sample", "batch", "channel"])

@@ -165,6 +165,7 @@ def least_pgd_steps(
         raise InvalidValue(
             "expected no `early_stop` with `count` 'correct', which goes on, got both"
         )
+    # The labels that decide, whatever the attack itself aims at.
     truth = targets if labels is None else labels
     counter = StepCounter(truth, steps, count=count)
     stop = _decided(truth, steps, train_mode) if early_stop else None
