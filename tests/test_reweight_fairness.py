@@ -451,6 +451,13 @@ def test_hedge_keeps_the_ratio_of_an_absent_class_to_the_average():
     close(hedge.excess, [-21.0, 20.0, 1.0])
 
 
+def test_hedge_refuses_losses_of_no_class():
+    hedge = HedgeWeights(2)
+    with pytest.raises(ValueError, match=r"^HedgeWeights\.update: expected `class_losses`"):
+        hedge.update(vector(nan, nan), 1.0)
+    assert hedge.updates == 0
+
+
 def test_hedge_continues_from_its_state():
     hedge, again = HedgeWeights(3), HedgeWeights(3)
     again.load_state_dict(hedge.state_dict())
