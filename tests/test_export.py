@@ -1,11 +1,10 @@
-"""The exported files of a student: what is in them, what is refused, and the check that refuses it."""
+"""`ferdlib export`: what is in the files, what is refused, and the check that refuses it."""
 
 from __future__ import annotations
 
-import importlib
 import io
+import json
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,11 +14,13 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
+from commands import refused, run, save_model
 from onnx import numpy_helper
 
 from ferdlib import metrics
-from ferdlib.models import load_checkpoint, small_cnn
+from ferdlib.models import load_checkpoint
+from ferdlib.recipes import data, export
+from ferdlib.recipes.options import Export
 
 ROOT = Path(__file__).parents[1]
 FILES = ("student.onnx", "student.pt2")
@@ -27,47 +28,34 @@ IMAGES = 60
 
 
 @pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        yield importlib.import_module("export_student")
-    for name in ("export_student", "image_data"):
-        sys.modules.pop(name, None)
+def digits():
+    return data.load("digits")
 
 
 @pytest.fixture(scope="module")
-def digits(script):
-    return script.load("digits", Path(), "test")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(script, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """A small CNN after a few steps on the digits."""
-    images = script.load("digits", Path(), "train")
+    path = save_model(tmp_path_factory.mktemp("student") / "student.pt")
+    images, model = data.load("digits", split="train"), load_checkpoint(path).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = small_cnn(1, 10, width=4)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        for index in torch.randperm(len(images)).split(100)[:-1]:
+        for index in torch.randperm(2 * len(images)).remainder(len(images)).split(100)[:-1]:
             x, y = images.batch(index)
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-    path = tmp_path_factory.mktemp("student") / "student.pt"
-    content = {"architecture": "small_cnn_4", "num_classes": 10, "in_channels": 1}
-    torch.save(content | {"state_dict": model.state_dict()}, path)
-    return path
+    return save_model(path, state_dict=model.state_dict())
 
 
 @pytest.fixture(scope="module")
-def run(checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("export")
-    command = [sys.executable, "examples/export_student.py", "--data", "digits"]
-    command += ["--student", str(checkpoint), "--out", str(out), "--images", str(IMAGES)]
-    command += ["--eps", "0.1", "--step-size", "0.025"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return out, result
+def finished(checkpoint, tmp_path_factory):
+    out, lines = tmp_path_factory.mktemp("export"), []
+    words = ["export", "--data", "digits", "--student", checkpoint, "--test-images", IMAGES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *parts, **_: lines.append(" ".join(map(str, parts))))
+        run(*words, "--eps", 0.1, "--step-size", 0.025, "--out", out)
+    return out, "\n".join(lines)
 
 
 def logits_of(path, x):
@@ -96,24 +84,25 @@ def shifted(folder, name, amount):
     return files
 
 
-def test_the_script_leaves_both_files_and_no_others_and_is_silent(run):
-    out, result = run
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
-    assert result.stderr == ""
+def test_the_folder_has_both_files_and_a_report(finished):
+    out, _ = finished
+    assert sorted(path.name for path in out.iterdir()) == ["export.json", *sorted(FILES)]
+    found = json.loads((out / "export.json").read_text("utf-8"))
+    assert found["student.onnx"]["bytes"] == (out / "student.onnx").stat().st_size
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("size", [1, 7])
-def test_a_file_gives_the_checkpoints_logits(run, checkpoint, digits, name, size):
+def test_a_file_gives_the_checkpoints_logits(finished, checkpoint, digits, name, size):
     x, _ = digits.batch(torch.arange(100, 100 + size))
     with torch.no_grad():
         expected = load_checkpoint(checkpoint)(x)
     assert expected.std() > 0.1
-    torch.testing.assert_close(logits_of(run[0] / name, x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(finished[0] / name, x), expected, atol=1e-5, rtol=0)
 
 
-def test_the_files_hold_no_images_and_no_paths(run):
-    out, _ = run
+def test_the_files_hold_no_images_and_no_paths(finished):
+    out, _ = finished
     example = torch.export.load(out / "student.pt2").example_inputs[0][0]
     assert not example.any()
     with zipfile.ZipFile(out / "student.pt2") as archive:
@@ -133,11 +122,11 @@ def judged(printed):
     }
 
 
-def test_the_tables_say_what_the_files_do(run, script, digits):
-    out, result = run
+def test_the_tables_say_what_the_files_do(finished, digits):
+    out, printed = finished
     cells = [
         [cell.strip() for cell in line.split("|")]
-        for line in result.stdout.splitlines()
+        for line in printed.splitlines()
         if line.count("|") == 4
     ]
     rows = {row[0]: row[1:] for row in cells}
@@ -148,11 +137,11 @@ def test_the_tables_say_what_the_files_do(run, script, digits):
         for cell in times:
             median, low, high = map(float, re.findall(r"\d+\.\d+", cell))
             assert 0 < low <= median <= high
-    assert "threads: 1" in result.stdout
-    x, y = digits.batch(script.stratified(digits, IMAGES, 0))
+    assert "threads: 1" in printed
+    x, y = digits.batch(data.stratified(digits, IMAGES, 0))
     predictions = logits_of(out / "student.onnx", x).argmax(dim=1)
     accuracy = metrics.class_accuracy(metrics.confusion_matrix(predictions, y, 10))
-    tables = judged(result.stdout)
+    tables = judged(printed)
     assert tables["ONNX"] == tables["PyTorch"]
     clean, attacked = tables["ONNX"]
     figures = [
@@ -162,28 +151,26 @@ def test_the_tables_say_what_the_files_do(run, script, digits):
     ]
     assert clean == pytest.approx([100 * float(f) for f in figures], abs=0.006)
     assert attacked[0] < clean[0]
-    assert f"predictions that differ, of {IMAGES}: clean 0, PGD-20 0" in result.stdout
+    assert f"predictions that differ, of {IMAGES}: clean 0, PGD-20 0" in printed
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_file_is_refused_with_the_difference(
-    run, script, checkpoint, tmp_path, monkeypatch, name
+    finished, checkpoint, tmp_path, monkeypatch, name
 ):
-    files = shifted(run[0], name, 2e-4)
-    monkeypatch.setattr(script, "exported", lambda *_: files)
-    args = script.Args(student=checkpoint, data="digits", images=10, out=tmp_path / "out")
-    with pytest.raises(SystemExit) as stop:
-        script.main(args)
-    message = str(stop.value.code)
-    assert message.startswith(f"export_student: expected {name} ")
+    files = shifted(finished[0], name, 2e-4)
+    monkeypatch.setattr(export, "exported", lambda *_: files)
+    words = ["--student", checkpoint, "--data", "digits", "--test-images", 10]
+    message = refused("export", *words, "--out", tmp_path / "out")
+    assert f"expected {name} " in message
     difference = float(re.search(r"a difference of (\S+)", message)[1])
     assert difference == pytest.approx(2e-4, rel=0.05)
-    assert not args.out.exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_difference_within_the_tolerance_is_reported(run, script, checkpoint, digits):
-    models = script.opened(shifted(run[0], "student.onnx", 5e-5), threads=1)
-    differences = script.check(load_checkpoint(checkpoint), models, digits.batch(slice(20))[0])
+def test_a_difference_within_the_tolerance_is_reported(finished, checkpoint, digits):
+    models = export.opened(shifted(finished[0], "student.onnx", 5e-5), threads=1)
+    differences = export.check(load_checkpoint(checkpoint), models, digits.batch(slice(20))[0])
     assert differences["student.onnx"] == pytest.approx(5e-5, rel=0.05)
     assert differences["student.pt2"] < 1e-6
 
@@ -196,125 +183,64 @@ def test_a_difference_within_the_tolerance_is_reported(run, script, checkpoint, 
         (lambda z: z.flip(0), "in a batch of 7"),
     ],
 )
-def test_the_check_refuses(script, checkpoint, digits, wrong, message):
+def test_the_check_refuses(checkpoint, digits, wrong, message):
     model = load_checkpoint(checkpoint)
     x, _ = digits.batch(slice(70))
     with pytest.raises(ValueError, match=message):
-        script.check(model, {"x": lambda x: wrong(model(x))}, x)
+        export.check(model, {"x": lambda x: wrong(model(x))}, x)
 
 
-def test_small_logits_are_compared_by_their_own_size(script, checkpoint, digits):
+def test_small_logits_are_compared_by_their_own_size(checkpoint, digits):
     model = load_checkpoint(checkpoint)
     x, _ = digits.batch(slice(70))
     with pytest.raises(ValueError, match="in a batch of 1"):
-        script.check(lambda x: 1e-5 * model(x), {"x": lambda x: 0 * model(x)}, x)
+        export.check(lambda x: 1e-5 * model(x), {"x": lambda x: 0 * model(x)}, x)
 
 
-def test_another_judge_gives_another_row(script, checkpoint, digits, capsys):
+def test_another_judge_gives_another_row(checkpoint, digits):
     model = load_checkpoint(checkpoint)
-    args = script.Args(student=checkpoint, data="digits", eps=0.1, step_size=0.025)
-    script.judge(model, lambda x: -model(x), digits.part(torch.arange(30)), args)
-    printed = capsys.readouterr().out
+    args = Export(student=checkpoint, eps=0.1, step_size=0.025)
+    some = digits.part(torch.arange(30)).batch(slice(None))
+    printed = export.judged(model, lambda x: -model(x), some, args)
     tables = judged(printed)
     assert tables["PyTorch"] != tables["ONNX"]
     assert "predictions that differ, of 30: clean 30, PGD-20 30" in printed
 
 
-def test_files_are_written_whole_or_not_at_all(script, tmp_path, monkeypatch):
-    (tmp_path / "student.onnx").write_bytes(b"old")
-
-    def full(path, content):
-        path.touch()
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(OSError, match="no space left"):
-            script.write(dict.fromkeys(FILES, b"new"), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
-    assert (tmp_path / "student.onnx").read_bytes() == b"old"
-    script.write(dict.fromkeys(FILES, b"new"), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(
-        FILES, b"new"
-    )
-
-
-def test_help_says_the_units(script, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tyro.cli(script.Args, args=["--help"])
-    assert stop.value.code == 0
-    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    for unit in (
-        "units of [0, 1] pixels",
-        "same units",
-        "in pixels",
-        "Test images that are",
-        "CPU threads",
-    ):
-        assert unit in text
-
-
-def save(path, **entries):
-    weights = small_cnn(entries.get("in_channels", 1), entries.get("num_classes", 10), width=4)
-    content = {"architecture": "small_cnn_4", "num_classes": 10, "in_channels": 1}
-    torch.save(content | entries | {"state_dict": weights.state_dict()}, path)
-
-
-def nothing(path):
-    pass
-
-
-def truncated(path):
-    save(path)
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-def another_architecture(path):
-    save(path, architecture="small_cnn_8")
-
-
-def three_channels(path):
-    save(path, in_channels=3)
-
-
-def five_classes(path):
-    save(path, num_classes=5)
+def rgb(path):
+    return save_model(path, in_channels=3)
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "message"),
+    ("make", "words", "message"),
     [
-        (nothing, {}, "expected `path` to be a file"),
-        (truncated, {}, "is it complete"),
-        (another_architecture, {}, "weights of a small_cnn_8"),
-        (save, {"architecture": "small_cnn_8"}, "weights of a small_cnn_8"),
-        (save, {"architecture": "resnet19"}, "expected `architecture` to be one of"),
-        (three_channels, {}, r"images of a shape that .* takes, got digits with \(1, 8, 8\)"),
-        (five_classes, {}, "the 5 classes of .*, got digits with 10"),
-        (save, {"images": 541}, "expected --images from 10, one of a class, to 540"),
-        (save, {"images": 9}, "expected --images from 10"),
-        (save, {"eps": 8.0}, "in units of"),
-        (save, {"step_size": float("nan")}, "in units of"),
-        (save, {"threads": 0}, "expected --threads of at least 1"),
-        (save, {"data": "folder"}, "a folder .* of class folders, got nothing there"),
+        (lambda path: None, [], "to be a file"),
+        (lambda path: path.write_bytes(b"no checkpoint"), [], "is it complete"),
+        (save_model, ["--architecture", "resnet19"], "'resnet19'"),
+        (save_model, ["--architecture", "small_cnn_8"], "weights of a small_cnn_8"),
+        (rgb, [], r"images \(2, 1, 8, 8\)"),
+        (lambda path: save_model(path, num_classes=5), [], "for 10 classes"),
+        (
+            save_model,
+            ["--test-images", 541],
+            "expected --test-images from 10, one of a class, to 540",
+        ),
+        (save_model, ["--test-images", 9], "expected --test-images from 10"),
+        (save_model, ["--eps", 8], "in units of"),
+        (save_model, ["--step-size", "nan"], "in units of"),
+        (save_model, ["--threads", 0], "expected --threads of at least 1"),
+        (save_model, ["--data", "folder"], "a folder .* of class folders, got nothing there"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_writes_nothing(script, tmp_path, make, options, message):
-    path = tmp_path / "student.pt"
-    make(path)
-    args = {"student": path, "data": "digits", "root": tmp_path, "out": tmp_path / "out"}
-    with pytest.raises(SystemExit) as stop:
-        script.main(script.Args(**args | options))
-    text = str(stop.value.code)
-    assert text.startswith("export_student: ")
-    assert re.search(message, text)
-    assert "\n" not in text
-    assert not args["out"].exists()
+def test_wrong_input_is_one_sentence_and_writes_nothing(tmp_path, make, words, message):
+    make(tmp_path / "student.pt")
+    common = ["--student", tmp_path / "student.pt", "--data", "digits", "--root", tmp_path]
+    assert re.search(message, refused("export", *common, "--out", tmp_path / "out", *words))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
-def test_a_missing_package_is_named_with_its_extra(script, checkpoint, monkeypatch, package):
+def test_a_missing_package_is_named_with_its_extra(checkpoint, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as stop:
-        script.main(script.Args(student=checkpoint, data="digits"))
-    assert re.search(rf'expected {package} to be installed.*"ferdlib\[export\]"', stop.value.code)
+    sentence = refused("export", "--student", checkpoint, "--data", "digits")
+    assert re.search(rf'expected {package} to be installed.*"ferdlib\[export\]"', sentence)
