@@ -1,4 +1,4 @@
-"""The examples over several processes, as torchrun starts them."""
+"""The commands over several processes, as torchrun starts them."""
 
 import os
 import re
@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    """The script on so many processes; a plain one for 1."""
+    """Run a command on so many processes; on a plain one for 1."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        [sys.executable, *(run if processes > 1 else []), *arguments],
+        [sys.executable, *(run if processes > 1 else []), "-m", "ferdlib", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -30,7 +30,7 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_ferd_starts_as_two_and_goes_on_as_one(tmp_path):
-    command = ["examples/cifar10_ferd.py", "--smoke", "--epochs", "3", "--out", str(tmp_path)]
+    command = ["distill", "--smoke", "--epochs", "3", "--out", str(tmp_path)]
     first = launch(2, *command, "--max-minutes", "0")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("stopped after epoch 1 of 3") == 1  # said once
@@ -41,51 +41,38 @@ def test_ferd_starts_as_two_and_goes_on_as_one(tmp_path):
 
 
 def test_ferd_ends_with_one_report_of_all_images(tmp_path):
-    result = launch(2, "examples/cifar10_ferd.py", "--smoke", "--out", str(tmp_path))
+    result = launch(2, "distill", "--smoke", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^The student, default:", result.stdout, flags=re.MULTILINE)) == 1
     report = RobustnessReport.load(tmp_path / "report-student.json")
     assert report.index.tolist() == list(range(40))
 
 
-def test_ard_starts_as_two_and_goes_on_as_one(tmp_path):
-    command = ["examples/ard.py", "--smoke", "--method", "fair-mtard", "--epochs", "3"]
-    command += ["--teacher-epochs", "1", "--out", str(tmp_path)]
+def test_training_starts_as_two_and_goes_on_as_one(tmp_path):
+    command = ["train", "--smoke", "--method", "mtard", "--rule", "fair", "--epochs", "3"]
+    command += ["--out", str(tmp_path)]
     first = launch(2, *command, "--max-minutes", "0")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("stopped after epoch 1 of ") == 1  # said once
-    second = launch(2, *command, "--resume", "auto", "--max-minutes", "0.02")
+    assert first.stdout.count("stopped after epoch 1 of 2 of teacher") == 1  # said once
+    second = launch(1, *command, "--resume", "auto")
     assert second.returncode == 0, second.stderr
-    third = launch(1, *command, "--resume", "auto")
-    assert third.returncode == 0, third.stderr
     load_checkpoint(tmp_path / "student.pt")
 
 
-@pytest.mark.parametrize("method", ["dafa-ard", "wat-ard"])
-def test_ard_ends_with_one_report_of_all_images(method, tmp_path):
-    command = ["examples/ard.py", "--smoke", "--method", method, "--out", str(tmp_path)]
-    result = launch(2, *command)
+@pytest.mark.parametrize("rule", ["dafa", "wat"])
+def test_training_ends_with_one_report_of_all_images(rule, tmp_path):
+    result = launch(2, "train", "--smoke", "--rule", rule, "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(rf"^{method}, paper, ", result.stdout, flags=re.MULTILINE)) == 1
-    assert len(RobustnessReport.load(tmp_path / "report.json")) == 100
+    assert len(re.findall(rf"^{rule}-ard, paper, ", result.stdout, flags=re.MULTILINE)) == 1
+    assert len(RobustnessReport.load(tmp_path / "report.json")) == 40
     load_checkpoint(tmp_path / "student.pt")
 
 
 def test_batches_that_cannot_be_shared(tmp_path):
-    result = launch(
-        2, "examples/ard.py", "--smoke", "--batch-size", "15", "--out", str(tmp_path / "a")
-    )
+    result = launch(2, "train", "--smoke", "--batch-size", "15", "--out", str(tmp_path / "a"))
     assert result.returncode != 0
-    sentence = "ard: expected --batch-size to be a multiple of the 2 processes, got 15"
+    sentence = "ferdlib train: expected --batch-size to be a multiple of the 2 processes, got 15"
     assert sentence in result.stderr
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize("script", ["quickstart", "train_teacher", "fair_ard_table"])
-def test_scripts_for_one_process_say_so(script, tmp_path):
-    result = launch(2, f"examples/{script}.py", "--out", str(tmp_path / "a"))
-    assert result.returncode != 0
-    assert f"{script}: expected a single process, got torchrun's 2; ard.py, " in result.stderr
     assert not (tmp_path / "a").exists()
 
 
@@ -93,7 +80,7 @@ def test_evaluation_does_not_depend_on_the_number(tmp_path):
     torch.manual_seed(0)
     checkpoint = tmp_path / "model.pt"
     torch.save(small_cnn(1, 10, width=4).state_dict(), checkpoint)
-    command = ["examples/evaluate.py", "--checkpoint", str(checkpoint), "--data", "digits"]
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--data", "digits"]
     command += ["--architecture", "small_cnn_4", "--protocol", "quick", "--eps", "0.1"]
     command += ["--test-images", "50"]
     reports = []

@@ -26,7 +26,6 @@ from ferdlib.evaluation import RobustnessReport
 from ferdlib.trainer import Checkpoints
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart.py"
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Args:
 
 def environment() -> dict[str, str]:
     """That in which runs are the same bit for bit."""
-    places = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    return os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def kill(run: subprocess.Popen[str], folder: Path) -> int:
@@ -62,7 +60,8 @@ def kill(run: subprocess.Popen[str], folder: Path) -> int:
 
 
 def start(out: Path, seed: int, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(QUICKSTART), "--out", str(out), "--seed", str(seed), *options]
+    command = [sys.executable, "-m", "ferdlib", "quickstart", "--out", str(out), *options]
+    command += ["--seed", str(seed)]
     with (out.parent / f"{out.name}.log").open("a", encoding="utf-8") as log:
         return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, text=True)
 
