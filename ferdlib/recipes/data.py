@@ -296,9 +296,8 @@ def _streamed(
         "transform": transforms.Compose([*resize, transforms.ToTensor()]),
     }
     try:
-        data = kind(**{option: value for option, value in options.items() if option in known})
-        found: Any = data[0]
-        x, label = found
+        data: Any = kind(**{name: value for name, value in options.items() if name in known})
+        x, label = data[0]
     except (RuntimeError, OSError) as error:
         hint = "; --download fetches it" if "download" in known and not download else ""
         raise FileNotFoundError(
@@ -311,8 +310,7 @@ def _streamed(
     if not (isinstance(x, Tensor) and isinstance(label, Integral)):
         raise ValueError(f"expected images with one label each, got those of {name}")
     # ImageNet has a tuple of synonyms for each class.
-    listed: Any = getattr(data, "classes", None) or ()
-    classes = [c if isinstance(c, str) else c[0] for c in listed]
+    classes = [c if isinstance(c, str) else c[0] for c in getattr(data, "classes", None) or ()]
     names = tuple(classes or map(str, range(num_classes or 0)))
     if len(names) < 2:
         raise ValueError(
