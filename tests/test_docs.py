@@ -7,11 +7,13 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import ferdlib
+from ferdlib.__main__ import parse
 from ferdlib.trainer import FERDConfig
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,15 @@ def test_the_code_in_the_documents_runs(path, tmp_path, monkeypatch):
     for code in python_blocks(path.read_text("utf-8")):
         if code is not None:
             exec(compile(code, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_commands_in_the_documents_parse(path):
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    for name, options in re.findall(
+        r"^(?:torchrun .* -m )?ferdlib ([a-z]+)((?: --.*)?)$", text, re.M
+    ):
+        parse(name, shlex.split(options, comments=True))
 
 
 def test_blocks_are_found_skipped_and_refused():
