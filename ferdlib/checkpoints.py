@@ -200,14 +200,16 @@ class Checkpoints:
             content = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's type of error depends on what is wrong with the file
             raise InvalidValue(
-                f"expected a complete checkpoint of tensors and plain values, got {name}, of which nothing "
+                f"expected `path` to be a complete checkpoint of plain values, got {name}, of which nothing "
                 f"was loaded; delete it to go on from the one before"
             ) from error
         if not isinstance(content, dict) or content.keys() != {"format", "step", "state"}:
-            raise InvalidValue(f"expected a file that Checkpoints.save wrote, got {name}")
+            raise InvalidValue(
+                f"expected `path` to be a file that Checkpoints.save wrote, got {name}"
+            )
         if content["format"] != FORMAT or not isinstance(content["state"], dict):
             raise InvalidValue(
-                f"expected a checkpoint of format {FORMAT}, got {name} with {got(content['format'])}"
+                f"expected `path` of format {FORMAT}, got {name} with {got(content['format'])}"
             )
         return content["step"], content["state"]
 
@@ -238,7 +240,7 @@ def _check_plain(value: Any, place: str) -> None:
     if kind in MAPPINGS:
         for key, inner in value.items():
             if type(key) not in PLAIN:
-                raise InvalidType(f"expected plain keys in {place}, got {got(key)}")
+                raise InvalidType(f"expected plain keys in `{place}`, got {got(key)}")
             _check_plain(inner, f"{place}[{key!r}]")
     elif kind in SEQUENCES:
         for number, inner in enumerate(value):

@@ -33,7 +33,8 @@ NO_ROWS = {
     r"methods\.(\w+\.)*(ascend|terms|reference|ball|watch|combine|bind)": "called by attack and loss",
     r"methods\.(\w+\.)+(measure|weigh)": "called by validate and end_epoch",
     r"methods\.rules\.\w+\.(validate|load_state_dict)": "called by a method's",
-    r"methods\.(Recipe|teacher_logits)": "looks at nothing",
+    r"methods\.FrozenTeacher.*": "goes",
+    r"methods\.(Recipe|teacher_logits)|checkpoints\.write_file": "look at nothing",
 }
 # Parameters without a row, and why.
 FREE = {

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ferdlib import models
 from ferdlib.bottleneck import split_at
 from ferdlib.models import (
     build_model,
@@ -358,6 +359,15 @@ def test_create_is_the_function_of_that_name(name):
     assert shapes[0]["layer1.0.weight" if "cnn" in name else "conv1.weight"][1] == 2
 
 
+def test_create_is_the_old_name_of_build_model():
+    with pytest.warns(DeprecationWarning, match="ferdlib.models.build_model"):
+        model = models.create("small_cnn_2", 4, in_channels=2)
+    assert (
+        model.state_dict().keys()
+        == build_model("small_cnn_2", 4, in_channels=2).state_dict().keys()
+    )
+
+
 def test_defaults():
     with torch.device("meta"):
         assert parameters(wide_resnet()) == 46_160_474
@@ -387,60 +397,6 @@ def test_convolutions_start_with_variance_2_over_fan_out(name, layer):
 
 def test_the_linear_layer_of_wide_resnet_starts_without_bias():
     assert not wide_resnet(10, 1).fc.bias.any()
-
-
-@pytest.mark.parametrize(
-    ("make", "arguments", "function", "argument", "kind"),
-    [
-        (small_cnn, {"in_channels": 0}, "small_cnn", "in_channels", ValueError),
-        (small_cnn, {"num_classes": 1}, "small_cnn", "num_classes", ValueError),
-        (small_cnn, {"width": 0}, "small_cnn", "width", ValueError),
-        (small_cnn, {"width": 2.0}, "small_cnn", "width", TypeError),
-        (wide_resnet, {"depth": 4}, "wide_resnet", "depth", ValueError),
-        (wide_resnet, {"depth": 11}, "wide_resnet", "depth", ValueError),
-        (wide_resnet, {"depth": 10.0}, "wide_resnet", "depth", TypeError),
-        (wide_resnet, {"width": 0}, "wide_resnet", "width", ValueError),
-        *(
-            (make, {argument: value}, make.__name__, argument, kind)
-            for make in (*PLAIN, wide_resnet)
-            for argument, value, kind in (
-                ("num_classes", 1, ValueError),
-                ("num_classes", "10", TypeError),
-                ("num_classes", True, TypeError),
-                ("in_channels", 0, ValueError),
-            )
-        ),
-        (build_model, {"architecture": "resnet50"}, "build_model", "architecture", ValueError),
-        (
-            build_model,
-            {"architecture": "wide_resnet_34"},
-            "build_model",
-            "architecture",
-            ValueError,
-        ),
-        (
-            build_model,
-            {"architecture": "wide_resnet_34_10 "},
-            "build_model",
-            "architecture",
-            ValueError,
-        ),
-        (build_model, {"architecture": "small_cnn"}, "build_model", "architecture", ValueError),
-        (build_model, {"architecture": resnet18}, "build_model", "architecture", TypeError),
-        (build_model, {"architecture": "wide_resnet_35_10"}, "wide_resnet", "depth", ValueError),
-        (build_model, {"architecture": "small_cnn_0"}, "small_cnn", "width", ValueError),
-        (
-            lambda **k: build_model("resnet56", **k),
-            {"num_classes": 0},
-            "resnet56",
-            "num_classes",
-            ValueError,
-        ),
-    ],
-)
-def test_model_errors(make, arguments, function, argument, kind):
-    with pytest.raises(kind, match=f"^{function}: expected `{argument}`.* got "):
-        make(**arguments)
 
 
 @pytest.mark.parametrize(("c", "k", "w"), [(1, 10, 32), (3, 7, 4), (1, 2, 1)])

@@ -78,7 +78,7 @@ class Own:
         ({"path": Path("x")}, r"PosixPath.* as state\['path'\]"),
         ({"own": Own()}, r"Own.* as state\['own'\]"),
         ({"call": len}, r"state\['call'\]"),
-        ({(1, 2): 3}, r"plain keys in state, got tuple"),
+        ({(1, 2): 3}, r"plain keys in `state`, got tuple"),
         ([1], "`state` to be a dict, got list"),
     ],
 )
