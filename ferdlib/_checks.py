@@ -155,7 +155,7 @@ def labels(*, num_classes: int | None = None, like: Tensor | None = None, **name
         if value.dtype != torch.int64:
             raise InvalidType(f"expected `{name}` in int64, got {got(value)}")
         if value.ndim != 1 or (like is not None and value.shape[0] != like.shape[0]):
-            wanted = "(N,)" if like is None else f"({like.shape[0]},)"
+            wanted = "(N,)" if like is None or not like.ndim else f"({like.shape[0]},)"
             raise InvalidValue(f"expected `{name}` of shape {wanted}, got {tuple(value.shape)}")
         if like is not None and value.device != like.device:
             raise InvalidValue(f"expected `{name}` on {like.device}, got {value.device}")

@@ -23,6 +23,9 @@ MODULES = [importlib.import_module(f"bad_input.{name}") for name in TABLES]
 # Patterns of public names without a row, and why.
 NO_ROWS = {
     r"\w+\.(AutoAttackResult|EpochStats)": "a record",
+    r"evaluation\.(AttackResult|Comparison|Finding|PairedTest|RobustnessReport)": "a record",
+    r"evaluation\.Protocol\.without": "takes any number of names",
+    r"evaluation\.RobustnessReport\.members": "of a name that is no AutoAttack there are none",
     r"synthesis\.Inversion\.optimizer": "a function among the settings",
     r"augment\.Crops\.__getitem__": "torch's errors",
     r"attacks\.StepCounter\.see": "raises under the name of the attack that counts",
@@ -33,7 +36,6 @@ NO_ROWS = {
     r"methods\.(\w+\.)*(ascend|terms|reference|ball|watch|combine|bind)": "called by attack and loss",
     r"methods\.(\w+\.)+(measure|weigh)": "called by validate and end_epoch",
     r"methods\.rules\.\w+\.(validate|load_state_dict)": "called by a method's",
-    r"methods\.FrozenTeacher.*": "goes",
     r"methods\.(Recipe|teacher_logits)|checkpoints\.write_file": "look at nothing",
 }
 # Parameters without a row, and why.
@@ -42,7 +44,8 @@ FREE = {
     "weigh_teacher": "a flag",
     **dict.fromkeys(("fold_batchnorm", "channels_last", "compile", "flip", "remargin"), "a flag"),
     **dict.fromkeys(("xlabel", "ylabel", "weights_label", "accuracy_label"), "matplotlib's"),
-    **dict.fromkeys(("step", "x_adv"), "not looked at"),
+    **dict.fromkeys(("step", "x_adv", "name"), "not looked at, where a table has no rows"),
+    **dict.fromkeys(("fast", "trust", "progress"), "a flag"),
     "ranks": "the processes, given by the trainer",
 }
 

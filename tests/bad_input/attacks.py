@@ -4,7 +4,7 @@ import torch
 
 from bad_input import table as t
 from bad_input.table import K, N, X, Y, Z, any_of, bad, each, good
-from ferdlib import attacks
+from ferdlib import attacks, losses
 
 
 def nan_after(calls):
@@ -50,6 +50,9 @@ for function in (attacks.pgd, FGSM, attacks.cw_linf, UTAE, LEAST):
     if function not in (FGSM, UTAE):
         both = {"early_stop": True, "train_mode": True}
         bad(function, ValueError, "no `early_stop` with `train_mode`", **both)
+# Whether a sample is done is read from labels, which other losses do not have.
+aims = {"early_stop": True, "loss": losses.distillation, "targets": Z}
+bad(attacks.pgd, TypeError, "int64", **aims)
 # A NaN of the teacher reaches the loss at the first step.
 wrong = [(Z[:-1], ValueError, ""), (Z.to("meta"), ValueError, "on one device")]
 wrong += [(t.spoilt(Z, t.NAN), RuntimeError, "`model(x)`")]

@@ -1,8 +1,6 @@
-"""Trainer, config and checkpoints."""
+"""Trainer and config."""
 
 import dataclasses
-
-import torch
 
 from bad_input import table as t
 from bad_input.synthesis import SHAPE
@@ -68,21 +66,3 @@ bad(TRAINER, ValueError, "to return logits of shape (N, 3)", student=net(classes
 bad(TRAINER, ValueError, "got None", config=dataclasses.replace(TINY, layer=None))
 good(TRAINER.load_state_dict, self=lambda: TRAINED, state=TRAINED.state_dict())
 each(TRAINER.load_state_dict, state=any_of(ValueError, "something else", "text", None, {}))
-
-
-def files():
-    trainer.Checkpoints("saved").save({"epoch": 1}, 1)
-
-
-def checkpoints():
-    return trainer.Checkpoints("runs")
-
-
-CHECKPOINTS = trainer.Checkpoints
-good(CHECKPOINTS, folder="runs")
-each(CHECKPOINTS, folder=t.PATH, keep=t.integer(1))
-good(CHECKPOINTS.save, self=checkpoints, state={"epoch": torch.ones(1)}, step=1)
-each(CHECKPOINTS.save, state=any_of(TypeError, "a dict", "text", None), step=t.integer(0))
-bad(CHECKPOINTS.save, TypeError, "`state` of tensors and plain values", state={"epoch": t.quiet})
-good(CHECKPOINTS.read, path="saved/checkpoint-0000000001.pt")
-each(CHECKPOINTS.read, path=[*t.PATH, ("none.pt", FileNotFoundError, "a file")])
