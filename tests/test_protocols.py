@@ -116,20 +116,10 @@ def test_protocols_can_be_read():
     ("change", "error", "argument"),
     [
         ({"name": ""}, TypeError, "name"),
-        ({"name": 5}, TypeError, "name"),
         ({"name": "clean"}, ValueError, "name"),
         ({"name": "worst case"}, ValueError, "name"),
-        ({"kind": "fgsm"}, ValueError, "kind"),
-        ({"eps": -0.1}, ValueError, "eps"),
-        ({"eps": "8/255"}, TypeError, "eps"),
         ({"step_size": None}, TypeError, "step_size"),
-        ({"step_size": -0.1}, ValueError, "step_size"),
         ({"steps": 0}, ValueError, "steps"),
-        ({"steps": 2.0}, TypeError, "steps"),
-        ({"steps": None}, TypeError, "steps"),
-        ({"start": "gauss"}, ValueError, "start"),
-        ({"restarts": 0}, ValueError, "restarts"),
-        ({"judge": "first"}, ValueError, "judge"),
         ({"confidence": 1.0}, ValueError, "confidence"),
         ({"version": "rand"}, ValueError, "version"),
         ({"batch_size": 1}, ValueError, "batch_size"),
@@ -162,31 +152,13 @@ def test_autoattack_needs_a_radius():
         assert AttackSpec(name="a", kind="autoattack", eps=0.1, version=version).version == version
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "argument"),
-    [
-        ({"name": None}, TypeError, "name"),
-        ({"attacks": ()}, ValueError, "attacks"),
-        ({"attacks": [AttackSpec(name="a", **PGD_20)]}, TypeError, "attacks"),
-        ({"attacks": ("PGD-20",)}, TypeError, "attacks"),
-        ({"attacks": (AttackSpec(name="a", **PGD_20),) * 2}, ValueError, "attacks"),
-        ({"seed": -1}, ValueError, "seed"),
-        ({"seed": 0.5}, TypeError, "seed"),
-        (
-            {
-                "attacks": tuple(
-                    AttackSpec(name=f"AA {n}", kind="autoattack", eps=0.1, batch_size=n)
-                    for n in (100, 250)
-                )
-            },
-            ValueError,
-            "batch_size",
-        ),
-    ],
-)
-def test_errors_of_protocols(change, error, argument):
-    with pytest.raises(error, match=f"^Protocol: expected .*`{argument}`"):
-        replace(PROTOCOLS["quick"], **change)
+def test_autoattacks_share_their_batches():
+    """They are the blocks of the evaluation."""
+    attacks = tuple(
+        AttackSpec(name=f"AA {n}", kind="autoattack", eps=0.1, batch_size=n) for n in (100, 250)
+    )
+    with pytest.raises(ValueError, match="^Protocol: expected one `batch_size`.* got .100, 250"):
+        replace(PROTOCOLS["quick"], attacks=attacks)
 
 
 def test_errors_of_changes():

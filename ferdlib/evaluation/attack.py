@@ -83,6 +83,7 @@ class Setting:
                 results.append(work(batch))
                 done += len(batch)
             except RuntimeError as error:
+                # Other backends than CUDA raise a plain RuntimeError.
                 full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
                 if len(batch) == 1 or not full:
                     raise
@@ -124,6 +125,7 @@ def on_survivors(
     on_batch: OnBatch | None = None,
 ) -> Outcome:
     """Attack what has withstood all `before`; a sample that fell keeps the class that it fell to."""
+    # AutoAttack would spend a hundred passes on each sample that is fooled already.
     left = (before == block.targets.cpu()).nonzero().squeeze(1)
     found = attacked(setting, spec, block[left], on_batch)
     return Outcome(
@@ -150,6 +152,7 @@ def _iterated(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
         fooled_at[alive] = torch.minimum(fooled_at[alive], first)
         last = first.clamp(max=steps) if spec.judge == "any" else torch.full_like(first, steps)
         predictions[alive] = path.gather(0, last[None]).squeeze(0)
+        # A sample must withstand all starts, so that one is enough.
         alive = alive[predictions[alive] == y]
         if len(alive) == 0:
             break
@@ -171,6 +174,7 @@ def _walk(setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tenso
     def watch(step: int, _: Tensor, logits: Tensor) -> None:
         nonlocal alive
         path[step, alive] = logits.argmax(dim=1)
+        # `pgd` leaves out the same samples after this step.
         if stop:
             alive = alive[path[step, alive] == y[alive]]
 
@@ -233,6 +237,7 @@ def _custom(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
         shape = tuple(block.x.shape)
         raise InvalidValue(f"{wanted} return images of shape {shape}, got {got(x_adv)}")
     x_adv = x_adv.detach().to(block.x)
+    # Written so that a NaN is outside, too.
     change = float((x_adv - block.x).abs().max())
     if not change <= spec.eps + 1e-6:
         raise InvalidValue(f"{wanted} stay within `eps` {spec.eps:g}, got a change of {change:g}")

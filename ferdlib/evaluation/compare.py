@@ -75,6 +75,7 @@ class Comparison:
 
     def __str__(self) -> str:
         worst = "worst" if self.worst == "class" else "worst-10%"
+        # The three figures of an attack are one cell, so that its name stands above them.
         widths = 6, max(6, len(worst)), 6
 
         def triple(cells: Sequence[str]) -> str:
@@ -130,6 +131,7 @@ class Comparison:
         _checks.choice(tuple(self.reports), first=first, second=second)
         _checks.choice(self.columns, column=column)
         a, b = self.reports[first], self.reports[second]
+        # A pair is one sample under two models: index, label and row must agree.
         same = all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("index", "targets", "rows"))
         # Images in another size or precision are other pixels of the same samples.
         mine, theirs = a.manifest.get("data", {}), b.manifest.get("data", {})
@@ -149,6 +151,7 @@ class Comparison:
         only_one = torch.bincount(a.rows[one.robust & ~two.robust], minlength=rows)
         only_two = torch.bincount(a.rows[two.robust & ~one.robust], minlength=rows)
         p = mcnemar(only_one, only_two)
+        # A row without samples is no test, and does not count in Holm's correction.
         p[one.totals == 0] = math.nan
         return PairedTest(
             first,
@@ -192,6 +195,7 @@ def compare(
     if not isinstance(reports, Mapping):
         raise InvalidType(f"expected `reports` by name, as a dict, got {got(reports)}")
     first, *others = _comparable(tuple(reports.values()))
+    # A worst case over other attacks is another figure under the same name.
     shared = [
         c for c in first.columns if all(_over(other, c) == _over(first, c) for other in others)
     ]
@@ -238,6 +242,7 @@ def merge(reports: Sequence[RobustnessReport]) -> RobustnessReport:
                 f"expected `reports` of one evaluation, got others in {', '.join(differing)}"
             )
     index = torch.cat([report.index for report in reports])
+    # Sorted, the copies of a sample are neighbours, and the first of them is kept.
     order = index.argsort(stable=True)
     kept = torch.ones_like(index, dtype=torch.bool)
     kept[1:] = index[order][1:] != index[order][:-1]

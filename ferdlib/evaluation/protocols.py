@@ -83,6 +83,7 @@ class AttackSpec:
         _checks.choice(tuple(VERSIONS), version=self.version)
         _checks.choice((False, True), survivors=self.survivors)
         _checks.integer(1, restarts=self.restarts, batch_size=self.batch_size)
+        # A setting that would do nothing is refused: it would suggest an attack that was not run.
         for setting in fields(self):
             value = getattr(self, setting.name)
             known = setting.name in ("name", "kind", "eps", *SETTINGS[self.kind])
@@ -93,7 +94,7 @@ class AttackSpec:
 
     @property
     def iterated(self) -> bool:
-        """Whether it is an ascent of this library, step by step."""
+        """True for an ascent of this library, step by step."""
         return self.kind in ("pgd", "cw")
 
     def __str__(self) -> str:
@@ -145,6 +146,7 @@ class Protocol:
         names = [attack.name for attack in attacks]
         if not names or len(set(names)) < len(names):
             raise InvalidValue(f"expected `attacks` of different names, got {names}")
+        # AutoAttack's batches are the blocks of an evaluation, of which there is one size.
         sizes = {attack.batch_size for attack in attacks if attack.kind == "autoattack"}
         if len(sizes) > 1:
             raise InvalidValue(
@@ -208,6 +210,7 @@ class Protocol:
             TypeError, ValueError: something else.
         """
         _checks.keys(("name", "seed", "attacks"), content=content)
+        # An older report may lack a setting, which then has its default; one that is unknown may matter.
         known = {field.name for field in fields(AttackSpec)}
         for entry in content["attacks"]:
             if not isinstance(entry, Mapping):

@@ -147,6 +147,7 @@ class RobustnessReport:
             for k, predicted in enumerate(self.predictions.values()):
                 found = torch.where(self.winner == k, predicted, found)
             return found
+        # AutoAttack's members are cumulative: a sample counts as fooled from the stage that fooled it.
         attack, _, member = column.rpartition("/")
         fallen = self.fooled_at[attack] <= self.stages[attack].index(member)
         return torch.where(fallen, self.predictions[attack], self.targets)
@@ -177,6 +178,7 @@ class RobustnessReport:
         """
         _checks.choice(tuple(self.predictions), attack=attack)
         count, length = len(self.row_names), len(self.stages[attack]) + 1
+        # A row and a stage as one number; the last stage is that of samples which withstood all.
         cells = torch.bincount(
             self.rows * length + self.fooled_at[attack], minlength=count * length
         )
@@ -186,6 +188,7 @@ class RobustnessReport:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RobustnessReport):
             return NotImplemented
+        # By plain values, because tensors have no equality as a whole.
         mine, theirs = self.to_dict(), other.to_dict()
         del mine["timing"], theirs["timing"]
         return mine == theirs
@@ -205,6 +208,7 @@ class RobustnessReport:
 
     def to_markdown(self) -> str:
         """Both tables, and under them all that a reader needs to judge and repeat them."""
+        # A paragraph each, in the order of the text.
         winners, *notes = self._notes()
         heading, *attacks = str(self.protocol).splitlines()
         parts = [

@@ -67,6 +67,7 @@ class AttackResult:
         """
         _checks.integer(2, num_classes=num_classes)
         _checks.tensor(predictions=predictions, targets=targets)
+        # On the host, where the range can be read: a wrong pair of labels could count as a right one.
         predictions, targets = predictions.cpu(), targets.cpu()
         _checks.labels(
             num_classes=num_classes, like=targets, targets=targets, predictions=predictions
@@ -137,6 +138,7 @@ class AttackResult:
     @cached_property
     def target_entropy(self) -> Tensor:
         """`metrics.target_entropy` of the classes, `(K,)`, from the pairs of classes that occur."""
+        # A pair of classes as one number: K times K counts would be mostly zeros.
         k, wrong = self.num_classes, ~self.robust
         pairs = self.targets[wrong] * k + self.predictions[wrong]
         pairs, counts = pairs.unique(return_counts=True)

@@ -45,6 +45,7 @@ class Records:
         """Refuse a model that gives the first samples other logits than the one that began."""
         if not (self.folder / "header.json").exists():
             self._write("header.json", self.header)
+        # A function has no digest, and a model may have other code behind the same weights.
         values = logits.detach().double().cpu()
         found = self._read("probe.json")
         if found is None:
@@ -94,6 +95,7 @@ class Records:
             sealed = content.pop("sha256")
         except (ValueError, KeyError, AttributeError, TypeError):
             content, sealed = {}, None
+        # A file that was edited or cut short may still be valid JSON.
         if sealed != _seal(content):
             raise InvalidValue(
                 f"expected `resume` to hold complete files, got a damaged {str(path)!r}; delete that file and "

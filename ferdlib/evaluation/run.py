@@ -125,12 +125,14 @@ def evaluate(
     names = _names("class_names", class_names, num_classes)
     low, high = checked_bounds(bounds)
     custom = _checked_custom(protocol, custom)
+    # On the host, where they are indexed by the samples.
     if groups is not None:
         groups = _checked_groups(groups)
         group_names = _names("group_names", group_names, int(groups.max()) + 1)
     where = device_of(model) if device is None else _checks.device(device)
 
     samples = Samples(data, batch_size, num_classes)
+    # Found before the work, where the indices are known.
     if samples.index is not None:
         _check_covered(groups, samples.index)
     # AutoAttack's batches are the blocks, so that its noise does not depend on those of the data.
@@ -160,6 +162,7 @@ def evaluate(
         }
         records = Records(resume, header)
     run = _Run(setting, protocol, records, where)
+    # The trust checks need a few samples, and run after the report.
     few = FewOfEach(num_classes)
     total = None if samples.index is None else len(samples.index)
     with torch.inference_mode(False), borrowed(model), Progress(total, names, progress) as bar:
@@ -213,13 +216,14 @@ class _Run:
         here = block.to(self.device)
         if self.records is not None and number == 0:
             self.records.begin(self.setting.logits(here.x[:PROBE]))
-        # The label, or the class that a sample fell to.
+        # The label, or the class that a sample fell to under the attacks so far.
         before = block.targets
         specs = {spec.name: spec for spec in self.protocol.attacks}
         for name, outcomes in self.outcomes.items():
             bar.say(name)
             found = self.records.load(name, number, digest) if self.records is not None else None
             if found is None:
+                # A resumed run keeps the seconds that the work took.
                 start = time.perf_counter()
                 if name == "clean":
                     outcome = clean(self.setting, here)
@@ -247,6 +251,7 @@ class _Run:
     ) -> RobustnessReport:
         """Put the blocks together, in the order of the index."""
         whole = Block.joined(self.blocks)
+        # Reports of one data set are in one order, however it was read.
         order = whole.index.argsort(stable=True)
         index = whole.index[order]
 
@@ -283,6 +288,7 @@ def _manifest(
     model: Model, device: torch.device, fast: bool, fingerprint: str | None
 ) -> dict[str, Any]:
     """Describe software, machine and model in plain values; nothing depends on how the work was cut."""
+    # TF32 and autocast change logits by more than rounding, so that a reader must know of them.
     cuda = device.type == "cuda"
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     autocast = torch.is_autocast_enabled(device.type)

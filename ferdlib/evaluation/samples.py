@@ -110,6 +110,7 @@ class Samples:
 
     def blocks(self, size: int) -> Iterator[Block]:
         """Yield blocks of `size` samples, the last one smaller."""
+        # Batches are cut anew, because AutoAttack's size need not be the loader's.
         held: list[Block] = []
         for block in self._checked():
             held.append(block)
@@ -152,6 +153,7 @@ def _known_order(loader: DataLoader[Any]) -> Tensor | None:
     """Index of each sample of a loader, None where its batches are not those of a known sampler."""
     if not isinstance(loader.batch_sampler, BatchSampler):
         return None
+    # A batch sampler of the user hides the order; the loader's own shows its sampler.
     sampler = loader.batch_sampler.sampler
     if isinstance(sampler, RANDOM):
         raise InvalidValue(
@@ -187,6 +189,7 @@ def uniform_noise(seed: int, restart: int, index: Tensor, shape: torch.Size) -> 
     """
     pixels = torch.arange(1, shape.numel() + 1, device=index.device)
     key = torch.zeros_like(index)
+    # Mixed one after another, so that no two of (seed, restart, index) share a stream.
     for word in (seed % 2**63, restart, index):
         key = splitmix(key + word + GAMMA)
     bits = splitmix(key[:, None] + pixels * GAMMA)

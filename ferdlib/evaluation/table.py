@@ -79,6 +79,7 @@ def booktabs(groups: Sequence[str], heading: Sequence[str], rows: Rows) -> str:
 
 def _marked(column: Sequence[str], *, less: bool) -> list[str]:
     """Mark the best and the second best of a column; ties rank alike."""
+    # By what is shown: figures that are equal to the reader rank alike.
     values = [math.nan if cell == "-" else float(cell) for cell in column]
     ranked = sorted({v for v in values if not math.isnan(v)}, reverse=not less)
     marks = {}
@@ -131,6 +132,7 @@ def figure_rows(results: Iterable[tuple[str, AttackResult]]) -> Rows:
 def class_rows(results: Mapping[str, AttackResult], title: str) -> Rows:
     """Accuracy of each row under each attack; of many rows the worst under the last."""
     last = list(results.values())[-1]
+    # A table of hundreds of rows hides the few that matter.
     order: Sequence[int] = range(len(last.row_names))
     if len(order) > ROWS_SHOWN:
         worst_first = last.class_accuracy.nan_to_num(nan=2.0).argsort(stable=True)

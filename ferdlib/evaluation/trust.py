@@ -112,6 +112,7 @@ def trust_checks(
         _checks.instance(RobustnessReport, report=report)
     where = device_of(model) if device is None else _checks.device(device)
     few = FewOfEach(num_classes)
+    # Before the model is borrowed, which puts it into eval mode.
     findings = [_eval_mode(model)]
     with torch.inference_mode(False), borrowed(model):
         for block in Samples(data, batch_size, num_classes).blocks(batch_size):
@@ -176,6 +177,7 @@ def _of_model(
         apart <= 1e-5 * (1 + float(once.abs().max())),
         f"logits of two passes over {len(block)} images differ by at most {apart:.1g}",
     )
+    # A sum of 1 alone can happen to logits; in [0, 1] as well it is a softmax.
     positive = bool(((once >= 0) & (once <= 1)).all())
     softmax = positive and bool(((once.sum(dim=1) - 1).abs() < 1e-4).all())
     evidence = f"values in [{once.min():.3g}, {once.max():.3g}]"
@@ -207,6 +209,7 @@ def _zero_gradients(setting: Setting, block: Block) -> Tensor | None:
         with torch.enable_grad():
             logits = setting.shaped(setting.model(leaf), len(batch))
             loss = cross_entropy(logits, batch.targets).sum()
+            # A model that detaches its logits has no gradient to look at.
             if not loss.requires_grad:
                 return None
             (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
@@ -258,6 +261,7 @@ def _rising(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     loss = (sums / len(block)).tolist()
     shown = sorted({0, steps // 4, steps // 2, steps - 1})
     values = ", ".join(f"{loss[t]:.3g} at x^({t})" for t in shown)
+    # One percent of slack: near a maximum the steps go back and forth.
     below = all(loss[t] <= loss[-1] * 1.01 + 1e-6 for t in shown)
     return _finding(
         "the loss rises along the attack",
@@ -271,6 +275,7 @@ def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     width = setting.bounds[1] - setting.bounds[0]
     radii = sorted({min(width, factor * attack.eps) for factor in (1, 2, 4, 8)} | {width})
     accuracies = []
+    # Any iterate counts, so that steps too large for the last one do not look like robustness.
     for eps in radii:
         spec = replace(attack, eps=eps, step_size=eps / 4, start="uniform", restarts=1, judge="any")
         found = attacked(setting, spec, block).predictions
@@ -286,6 +291,7 @@ def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
 
 def _black_box(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     """Square with few queries on what PGD and CW left; it climbs the margin, as CW does."""
+    # Both attacks look at every sample, and only what withstood both is worth the queries.
     left = torch.ones(len(block), dtype=torch.bool)
     for spec in (attack, replace(attack, kind="cw")):
         left &= attacked(setting, spec, block).predictions == block.targets.cpu()
@@ -308,6 +314,7 @@ def _few(found: int, samples: int) -> bool:
 
 def _of_report(report: RobustnessReport) -> Iterator[Finding]:
     specs = report.protocol.attacks
+    # Attacks that differ in kind, start or judge are not ordered.
     for weak in specs:
         for strong in specs:
             if _weaker(weak, strong):
@@ -326,7 +333,7 @@ def _of_report(report: RobustnessReport) -> Iterator[Finding]:
 
 
 def _weaker(weak: AttackSpec, strong: AttackSpec) -> bool:
-    """Whether the second attack does all that the first does, and more."""
+    """True if the second attack does all that the first does, and more."""
     if not weak.iterated or weak.eps > strong.eps:
         return False
     if strong.kind == "autoattack":
@@ -341,6 +348,7 @@ def _ordered(report: RobustnessReport, weak: str, strong: str) -> Finding:
     one, two = report[weak], report[strong]
     only_weak = (~one.robust & two.robust).sum().reshape(1)
     only_strong = (one.robust & ~two.robust).sum().reshape(1)
+    # Noise alone lets a weaker attack win by a few samples.
     p = float(mcnemar(only_weak, only_strong))
     doubtful = bool(only_weak > only_strong) and p < LEVEL
     return _finding(

@@ -187,6 +187,7 @@ def nsd_interval(
         return torch.full((2,), math.nan, dtype=torch.float64)
     acc = x / n
     mean, measured = acc.mean(), (acc - acc.mean()).square().sum()
+    # The spread of the measured accuracies is that of the truth and of noise: take the noise out.
     pull = torch.where(measured > 0, (true_squares(acc, n) / measured).sqrt(), 0)
     means, squares = resampled((mean + pull * (acc - mean)).clamp(0, 1), n, draws, seed)
     t = (squares / (len(n) - ddof)).sqrt() / means
