@@ -151,9 +151,9 @@ class Samples:
 
 def _known_order(loader: DataLoader[Any]) -> Tensor | None:
     """Index of each sample of a loader, None where its batches are not those of a known sampler."""
-    if not isinstance(loader.batch_sampler, BatchSampler):
-        return None
     # A batch sampler of the user hides the order; the loader's own shows its sampler.
+    if type(loader.batch_sampler) is not BatchSampler:
+        return None
     sampler = loader.batch_sampler.sampler
     if isinstance(sampler, RANDOM):
         raise InvalidValue(
