@@ -332,14 +332,11 @@ def all_labelled_epochs(rank, size):
     return {name: labelled_epoch(rank, size, name) for name in (*ADDED, *AVERAGED)}
 
 
-def numbers(state):
-    return {
-        f"{part}.{k}": v.double()
-        for part, values in state.items()
-        if isinstance(values, dict)
-        for k, v in values.items()
-        if isinstance(v, torch.Tensor)
-    } | {k: v.double() for k, v in state.items() if isinstance(v, torch.Tensor)}
+def numbers(state, path=""):
+    if isinstance(state, torch.Tensor):
+        return {path: state.double()}
+    parts = state.items() if isinstance(state, dict) else ()
+    return {k: v for name, part in parts for k, v in numbers(part, f"{path}.{name}").items()}
 
 
 @pytest.mark.parametrize("name", ADDED)

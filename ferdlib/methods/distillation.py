@@ -170,6 +170,7 @@ class MTARD(Distilled):
         robust = teacher_logits(self.teacher, batch.x_adv)
         natural = batch.reference if self.clean_target == "natural" else robust
         logits = student(batch.x_adv)
+        # Not `losses.mtard`: the balance needs both divergences apart.
         adv = losses.distillation(logits, robust) * self.kl_weight
         clean = losses.distillation(student(batch.x), natural) * self.kl_weight
         adv_weight, clean_weight = self.balance.update(adv.detach().mean(), clean.detach().mean())
@@ -267,6 +268,7 @@ class ABSLD(RSLAD):
         self.adv_losses, self.clean_losses = ClassMean(len(ones)), ClassMean(len(ones))
 
     def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
+        # A new tensor: the release divides one storage in place, and so tempers both terms twice.
         temperature = self.adv_temperatures.to(batch.reference)[batch.y, None]
         batch = batch._replace(reference=batch.reference / temperature)
         return super().ascend(student, batch, **settings)
@@ -285,6 +287,7 @@ class ABSLD(RSLAD):
 
     def end_epoch(self) -> None:
         super().end_epoch()
+        # The epoch that is named still has the old rate.
         rate = self.rate * 0.1 ** sum(self.epoch > drop for drop in self.rate_drops)
         self.adv_temperatures = _moved(self.adv_temperatures, self.adv_losses, rate)
         self.clean_temperatures = _moved(self.clean_temperatures, self.clean_losses, rate)

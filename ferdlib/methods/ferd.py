@@ -83,6 +83,7 @@ class FERDDistillation(Adversarial):
         """The student as it is now, in a copy that is made once."""
         if not self.fold_batchnorm:
             return student
+        # Tracing costs more than an attack; afterwards the copy takes over the weights only.
         if self._copied is not student:
             self._copied, self._copy = student, fast_copy(student)
         elif isinstance(self._copy, FrozenModel):

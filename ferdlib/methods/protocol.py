@@ -274,6 +274,7 @@ class Adversarial(Stateful):
         self._check(student, y, x=x)
         if reference is None and self.aims_at_reference:
             reference = self.reference(x)
+        # The labels decide the ball and the count, whatever the attack aims at.
         eps, step_size = self.rule.ball(self.eps, self.step_size, y)
         return self.ascend(
             student,
@@ -321,6 +322,7 @@ class Adversarial(Stateful):
         _checks.callable_(student=student)
         _checks.instance(Iterable, batches=batches)
         self.rule.validate(self, student, batches)
+        # Only now: an error on the way leaves the epoch open.
         self.rule.validated = True
 
     def end_epoch(self) -> None:

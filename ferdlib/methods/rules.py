@@ -33,7 +33,6 @@ from ferdlib.reweight import ClassMean, ClassWeights, FRLWeights, HedgeWeights
 
 __all__ = ["CFA", "DAFA", "FAAL", "FAT", "FRL", "GAIRAT", "LPS", "WAT", "Rule", "Uniform"]
 
-LOG = logging.getLogger("ferdlib")
 # A class that DAFA's strength would push to a weight of 0 or less gets this one, by a lower strength.
 LEAST_WEIGHT = 0.05
 
@@ -42,8 +41,8 @@ LEAST_WEIGHT = 0.05
 class LPS(Rule):
     r"""Fair-ARD's weights from the least PGD steps that fool a sample (Yue et al. 2023, Eq. 5-7).
 
-    Last epoch's class means $\kappa_c$ of the steps give this epoch's weights $\omega_c$, of mean 1, which
-    multiply the whole loss. Steps are counted against the label, also where the attack aims at logits.
+    Last epoch's class means $\kappa_c$ of the steps give this epoch's weights $\omega_c$, of mean 1, of the
+    whole loss. Steps are counted against the label, also where the attack aims at logits.
 
     Attributes:
         function: `reweight.lps_power` (Fair-ARD's), `lps_linear`, `lps_sigmoid` or `lps_tanh`.
@@ -181,11 +180,10 @@ class FAAL(Rule):
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         p, label = logits.detach().float().softmax(dim=1), targets[:, None]
-        own = p.gather(1, label).squeeze(1)
         # A probability of -1 is never the largest of the others.
         others = p.scatter(1, label, -1.0).amax(dim=1)
         lead = ClassMean(self.num_classes)
-        lead.update(others - own, targets)
+        lead.update(others - p.gather(1, label).squeeze(1), targets)
         weights = self.num_classes * reweight.kl_ball(lead.compute(), radius=self.radius)
         return weights.to(losses)[targets] * losses
 
@@ -231,6 +229,7 @@ class CFA(Rule):
         return eps * factors[targets], step_size * factors[targets]
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        # Counted from the first epoch on, so that the radii are ready when they begin.
         self.correct.update((logits.argmax(dim=1) == targets).float(), targets)
         if self.epoch < self.begin:
             return losses
@@ -303,7 +302,8 @@ class DAFA(Rule):
         if strength * most >= 1:
             strength = (1 - LEAST_WEIGHT) / most
             message = "DAFA: strength %g would leave class %d no weight; lowered to %.4g"
-            LOG.warning(message, self.strength, int(change.argmin()), strength)
+            worst = int(change.argmin())
+            logging.getLogger("ferdlib").warning(message, self.strength, worst, strength)
         return reweight.confusion_weights(p, strength=strength)
 
 
@@ -311,9 +311,8 @@ class DAFA(Rule):
 class FRL(Rule):
     """FRL's Lagrange multipliers for each class's natural and boundary error (`reweight.FRLWeights`).
 
-    FRL weighs the clean cross-entropy by the former and TRADES' KL by the latter. A method's loss stands for the
-    robust error, which is their sum, and is weighed by their mean. The errors are those of PGD-20 at the method's
-    radius.
+    FRL weighs the clean cross-entropy by the former and TRADES' KL by the latter; a method's loss stands for
+    their sum, and is weighed by their mean. The errors are those of PGD-20 at the method's radius.
 
     Attributes:
         slack: both errors may exceed their mean by so much, >= 0; FRL's code has 0.07 with `remargin`.
@@ -340,6 +339,7 @@ class FRL(Rule):
         if not self.remargin:
             return eps, step_size
         factors = self.multipliers.eps_factors.to(targets.device)
+        # The release's step is a quarter of its largest radius, for all classes.
         return eps * factors[targets], eps * float(factors.max()) / 4
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -362,10 +362,8 @@ class FRL(Rule):
 class WAT(Rule):
     """WAT's hedge over the classes and the mean over samples (`reweight.HedgeWeights`).
 
-    The experts' losses are the method's own on held-out images; the weights multiply the whole loss.
-
-    Attributes:
-        rate: eta >= 0.
+    The experts' losses are the method's own on held-out images, summed over epochs; the weights, with the rate
+    eta >= 0, multiply the whole loss.
     """
 
     rate: float = 0.1
@@ -396,5 +394,6 @@ class WAT(Rule):
                 x_adv = plain.attack(student, x, y, reference)
                 with torch.no_grad():
                     means.update(plain.loss(student, x, x_adv, y, reference), y)
+        # Over samples: the mean of the class means would weigh a rare class like a common one.
         average = float(means.sums.sum() / means.counts.sum())
         self.hedge.update(means.compute().double().cpu(), average)
