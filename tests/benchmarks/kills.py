@@ -33,20 +33,20 @@ class Args:
     """Kill the quickstart, and say whether its results are those of a run that nobody disturbed."""
 
     out: Path
-    """A folder that is not there yet, for the runs."""
+    """New folder for the runs."""
     kills: int = 50
-    """How many."""
+    """Number of kills."""
     mean_seconds: float = 30.0
-    """Between the start of a run and its end by a kill, on average (exponential)."""
+    """Mean of the exponential time from the start of a run to its kill."""
 
 
 def environment() -> dict[str, str]:
-    """That in which runs are the same bit for bit."""
+    """Make runs the same bit for bit."""
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def kill(run: subprocess.Popen[str], folder: Path) -> int:
-    """Kill it, and read each checkpoint under its folder: how many cannot be read."""
+    """Kill a run, and count the checkpoints under its folder that cannot be read."""
     run.kill()
     run.communicate()
     assert run.returncode == -signal.SIGKILL, f"it ended by itself: {run.returncode}"
@@ -60,20 +60,20 @@ def kill(run: subprocess.Popen[str], folder: Path) -> int:
 
 
 def start(out: Path, seed: int, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ferdlib", "quickstart", "--out", str(out), *options]
-    command += ["--seed", str(seed)]
+    command = [sys.executable, "-m", "ferdlib", "quickstart"]
+    command += ["--out", str(out), "--seed", str(seed), *options]
     with (out.parent / f"{out.name}.log").open("a", encoding="utf-8") as log:
         return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, text=True)
 
 
 def place(out: Path) -> str:
-    """The newest checkpoint of a run, which tells where in it it is."""
+    """Name the newest checkpoint of a run."""
     found = sorted(out.rglob("checkpoint-*.pt"), key=lambda path: path.stat().st_mtime)
     return str(found[-1].relative_to(out / "checkpoints")) if found else "no checkpoint"
 
 
 def same_results(one: Path, other: Path) -> bool:
-    """The students bit for bit, and what each model took every attacked digit for."""
+    """Compare the students bit for bit, and every prediction of the reports."""
     students = [torch.load(out / "student.pt")["state_dict"] for out in (one, other)]
     return students[0].keys() == students[1].keys() and all(
         [

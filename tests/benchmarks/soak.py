@@ -48,9 +48,9 @@ class Args:
     """Run cycles for a time, and say whether memory grew."""
 
     minutes: float = 60.0
-    """How long."""
+    """Length of the run."""
     cycles: int | None = None
-    """Or how many; None: as many as there is time for."""
+    """Number of cycles; None runs as many as there is time for."""
     out: Path | None = None
     """A JSON file for what was held after each cycle."""
     allowed: float = 8.0
@@ -59,7 +59,7 @@ class Args:
 
 @dataclass(frozen=True)
 class Held:
-    """After a cycle; MiB, and counts."""
+    """Resources held after a cycle, in MiB and counts."""
 
     seconds: float
     resident: float
