@@ -31,12 +31,12 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_ferd_starts_as_two_and_goes_on_as_one(tmp_path):
     command = ["distill", "--smoke", "--epochs", "3", "--out", str(tmp_path)]
-    first = launch(2, *command, "--max-minutes", "0")
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("stopped after epoch 1 of 3") == 1  # said once
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
-    second = launch(1, *command, "--resume", "auto")
-    assert second.returncode == 0, second.stderr
+    for words, where in (([], "1 of 2 of teacher"), (["--resume", "auto"], "1 of 3")):
+        result = launch(2, *command, *words, "--max-minutes", "0")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count(f"stopped after epoch {where}") == 1  # said once
+    alone = launch(1, *command, "--resume", "auto")
+    assert alone.returncode == 0, alone.stderr
     load_checkpoint(tmp_path / "student.pt")
 
 
