@@ -122,14 +122,15 @@ def test_wrong_input_gets_one_sentence_and_nothing_is_written(folder, tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """The quickstart's students with few steps."""
-    sizes = {"student_steps": 4, "generator_steps": 2, "margin_attack_steps": 2}
+    sizes = {"student_steps": 2, "generator_steps": 2, "margin_attack_steps": 2}
+    sizes |= {"batch_size": 16, "attack_steps": 2, "bottleneck_steps": 2}
     plain = quickstart.config
     monkeypatch.setattr(quickstart, "config", lambda epochs, **c: plain(epochs, **(sizes | c)))
     monkeypatch.setattr(quickstart, "TEACHER", "small_cnn_4")
 
 
 def test_quickstart_prints_all_rows_and_leaves_what_loads(small, tmp_path, capsys):
-    words = ["quickstart", "--teacher-epochs", 2, "--epochs", 2, "--ablate", "--test-images", 60]
+    words = ["quickstart", "--teacher-epochs", 2, "--epochs", 2, "--ablate", "--test-images", 20]
     with pytest.raises(SystemExit):
         run(*words, "--out", tmp_path / "a", "--max-minutes", 0)
     assert "stopped after epoch 1 of 2 of teacher; go on: ferdlib quick" in capsys.readouterr().out
@@ -148,14 +149,11 @@ def test_quickstart_prints_all_rows_and_leaves_what_loads(small, tmp_path, capsy
     assert str(compare(reports).test("FERD", "teacher", "PGD-20")) in printed
     for name in ("classwise.png", "weights.png", "synthetic.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    images = data.chosen(data.load("digits"), 60, 0)
+    images = data.chosen(data.load("digits"), 20, 0)
     with torch.no_grad():
-        x = torch.stack([images[k][0] for k in range(60)])
+        x = torch.stack([images[k][0] for k in range(20)])
         predictions = load_checkpoint(out / "student.pt")(x).argmax(dim=1)
     assert torch.equal(predictions, reports["FERD"].predictions["clean"])
-    run(*[word for word in words if word != "--ablate"], "--out", tmp_path / "b")
-    for name in ("student.pt", "teacher.pt"):
-        assert same(*(load_checkpoint(tmp_path / f / name).state_dict() for f in "ab"))
 
 
 def test_quickstart_refuses_what_makes_no_sense(tmp_path):

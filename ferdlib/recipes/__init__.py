@@ -1,6 +1,8 @@
 """Whole jobs on top of the library, each a command of `ferdlib`: train, distill, evaluate, export and more.
 
-`options` holds the options of every command, without torch; the module of a command's name does the work.
+`options` holds the options of every command, without torch; the module of a command's name does the work. Wrong
+input is a ValueError, TypeError, OSError or RuntimeError before anything is written; the command line makes it one
+sentence.
 """
 
 __all__: list[str] = []

@@ -103,10 +103,6 @@ def load(
     "folder" wants `root/train/CLASS/*` and `root/test/CLASS/*` (or `val`), all images of one size.
     "tiny-imagenet" is the folder `tiny-imagenet-200` of the original archive. The 540 test images of "digits"
     are drawn by seed.
-
-    Raises:
-        FileNotFoundError: the data are not there.
-        ValueError: a folder without classes or images, or images of different sizes.
     """
     if seed < 0:
         raise ValueError(f"expected --seed of at least 0, got {seed}")
@@ -124,11 +120,7 @@ def load(
 
 
 def load_train_test(options: ImageOptions, seed: int = 0) -> tuple[Images, Images]:
-    """Load both splits.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load`, or splits of different classes.
-    """
+    """Load both splits."""
     train, test = (
         load(options.data, options.root, split, download=options.download, seed=seed)
         for split in ("train", "test")
@@ -142,11 +134,7 @@ def load_train_test(options: ImageOptions, seed: int = 0) -> tuple[Images, Image
 
 
 def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images]:
-    """Split training images into those that are trained on and `count` that are not, by seed.
-
-    Raises:
-        ValueError: fewer than one image per class on one of the two sides.
-    """
+    """Split training images into those that are trained on and `count` that are not, by seed."""
     from sklearn.model_selection import train_test_split
 
     classes = len(images.class_names)
@@ -174,10 +162,6 @@ def load_any(
     """Load the test images of `load`, or those of a class of `torchvision.datasets` by its name.
 
     Of the latter, a class that knows `train` is asked for the others, one that knows `split` for that one.
-
-    Raises:
-        ValueError: no such data set, one without single images and labels, or another number of classes.
-        FileNotFoundError: the data are not there.
     """
     images: Images | Streamed
     if data not in SHAPES:
@@ -200,11 +184,7 @@ def chosen(images: Images | Streamed, count: int | None, seed: int) -> Dataset[t
 
 
 def stratified(images: Images | Streamed, count: int, seed: int) -> Tensor:
-    """Draw the indices of `count` images with equal shares of the classes, up to one, by seed.
-
-    Raises:
-        ValueError: a count that is not in 1..N.
-    """
+    """Draw the indices of `count` images with equal shares of the classes, up to one, by seed."""
     if not 1 <= count <= len(images):
         raise ValueError(f"expected --test-images in 1..{len(images)}, got {count}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

@@ -55,11 +55,7 @@ def run(args: Distill) -> None:
 
 
 def config_for(config: FERDConfig, data: str, images: Images) -> FERDConfig:
-    """Take classes and shape from the images, unless the options say others.
-
-    Raises:
-        ValueError: the options say others.
-    """
+    """Take classes and shape from the images, unless the options say others."""
     found = {"num_classes": len(images.class_names), "image_shape": tuple(images.pixels.shape[1:])}
     usual = dict(zip(found, SHAPES[data], strict=True))
     for name, value in found.items():
@@ -70,11 +66,7 @@ def config_for(config: FERDConfig, data: str, images: Images) -> FERDConfig:
 
 
 def load_teacher(args: Distill, images: Images, session: Session) -> nn.Module:
-    """Read the teacher; a trial and the digits can do without a file.
-
-    Raises:
-        ValueError: no file, or one of another model.
-    """
+    """Read the teacher; a trial and the digits can do without a file."""
     if args.teacher is None:
         if not args.smoke and args.images.data != "digits":
             raise ValueError(

@@ -71,11 +71,7 @@ def run(args: Evaluate) -> None:
 
 
 def prepare(args: Evaluate) -> Work:
-    """Find everything that can be wrong with the input, before anything is written.
-
-    Raises:
-        ValueError, TypeError, OSError: whatever is wrong, in a sentence.
-    """
+    """Find everything that can be wrong with the input, before anything is written."""
     wanted = args.attacks
     if wanted.trust and Ranks.here().size > 1:
         raise ValueError("expected no --trust with several processes, each of which has a share")
@@ -108,22 +104,14 @@ def chosen_of(option: str, value: str, known: list[str]) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder that cannot be written.
-
-    Raises:
-        OSError: a file is in the way, or the folder above may not be written.
-    """
+    """Refuse a folder that cannot be written."""
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OSError(f"expected --out to be a folder that can be written, got {str(out)!r}")
 
 
 def load_model(args: Evaluate, images: Images | Streamed) -> Any:
-    """Load the model on its device, after it has answered two of the images.
-
-    Raises:
-        ValueError: no model for these images.
-    """
+    """Load the model on its device, after it has answered two of the images."""
     source, classes = args.source, len(images.class_names)
     if (source.checkpoint is None) == (source.factory is None):
         raise ValueError("expected one of --checkpoint and --factory, got none or both")

@@ -75,11 +75,7 @@ def run(args: Export) -> None:
 
 
 def prepare(args: Export) -> tuple[nn.Module, Images]:
-    """Find everything that can be wrong with the input, before anything is written.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: whatever is wrong, in a sentence.
-    """
+    """Find everything that can be wrong with the input, before anything is written."""
     packages = ("onnx", "onnxruntime", "onnxscript")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -152,11 +148,7 @@ def batch_of(x: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def check(model: nn.Module, files: dict[str, Model], x: Tensor) -> dict[str, float]:
-    """Largest absolute difference of each file's logits from the model's.
-
-    Raises:
-        ValueError: one is above 1e-4; of logits that are all below 1, above that part of the largest.
-    """
+    """Largest absolute difference of each file's logits from the model's."""
     differences = dict.fromkeys(files, 0.0)
     for size in CHECKED_BATCHES:
         images = batch_of(x, size)

@@ -37,11 +37,7 @@ def write_model(
 def read_model(
     path: Path, *, architecture: str | None, num_classes: int, in_channels: int
 ) -> nn.Module:
-    """Load a model; its architecture is given, said by the file, or known by the file's name.
-
-    Raises:
-        FileNotFoundError, ValueError: as `ferdlib.models.load_checkpoint`.
-    """
+    """Load a model; its architecture is given, said by the file, or known by the file's name."""
     if architecture is not None:
         return load_checkpoint(
             path, architecture=architecture, num_classes=num_classes, in_channels=in_channels
@@ -53,11 +49,7 @@ def read_model(
 
 
 def robustbench_file(name: str, data: str, *, download: bool) -> Path:
-    """Find the file of one of RobustBench's models, after RobustBench has fetched it if that was asked for.
-
-    Raises:
-        ValueError: it shall be fetched, and RobustBench is not installed.
-    """
+    """Find the file of one of RobustBench's models, after RobustBench has fetched it if that was asked for."""
     path = Path("models", data, "Linf", f"{name}.pt")
     with first_ahead(download):
         if not download or path.is_file():
@@ -77,11 +69,7 @@ def robustbench_file(name: str, data: str, *, download: bool) -> Path:
 
 
 def made_by(factory: str) -> Any:
-    """Call "package.module:function", imported from the current directory or the path, for a model.
-
-    Raises:
-        ValueError: there is no such function, or it raises something itself.
-    """
+    """Call "package.module:function", imported from the current directory or the path, for a model."""
     module, _, function = factory.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -97,22 +85,14 @@ def made_by(factory: str) -> Any:
 def normalized(
     model: Any, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, *, prefix: str = ""
 ) -> Any:
-    """Wrap the model for images in [0, 1], if the options `--mean` and `--std` are given.
-
-    Raises:
-        TypeError, ValueError: one of them alone, or as `ferdlib.models.Normalized`.
-    """
+    """Wrap the model for images in [0, 1], if the options `--mean` and `--std` are given."""
     if (mean is None) != (std is None):
         raise ValueError(f"expected --{prefix}mean and --{prefix}std together, got one of them")
     return model if mean is None or std is None else Normalized(model, mean, std)
 
 
 def check_model(model: Any, x: Tensor, num_classes: int) -> None:
-    """Try the model on images.
-
-    Raises:
-        ValueError: the model raises something, or its logits are of another shape.
-    """
+    """Try the model on images."""
     try:
         with torch.no_grad():
             shape = tuple(model(x).shape)

@@ -41,9 +41,6 @@ class Session:
     """The runs of one command, such as a teacher's and a student's, with their checkpoints under `out`.
 
     Within the block, Ctrl-C and SIGTERM stop a run after its epoch; a second one ends the process at once.
-
-    Raises:
-        ValueError: options that make no sense.
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -77,12 +74,7 @@ class Session:
         return Checkpoints(folder, keep=self.options.keep_checkpoints)
 
     def resume(self, run: Run, name: str, settings: Mapping[str, Any]) -> None:
-        """Continue a run from its newest checkpoint, if --resume says so and there is one.
-
-        Raises:
-            ValueError: a checkpoint that is damaged, of something else, or made with other settings; or a run
-                that would start over among the checkpoints of another.
-        """
+        """Continue a run from its newest checkpoint, if --resume says so and there is one."""
         checkpoints = self.checkpoints(name)
         if self.options.resume is None and checkpoints.files():
             raise ValueError(
@@ -117,17 +109,9 @@ class Session:
     ) -> None:
         """Take a run to its last epoch, with checkpoints and a bar.
 
-        Args:
-            run: see `Run`.
-            name: of its folder of checkpoints.
-            settings: everything that its weights depend on.
-            title: of the bar.
-            epochs: trains an epoch at each step.
-            total: number of epochs.
-            figures: numbers of an epoch; the bar shows those without a slash in their names.
-
-        Raises:
-            Stopped: a signal has come, or the time is over.
+        `settings` is everything that its weights depend on, `epochs` trains one of `total` epochs at each step,
+        and `figures` gives an epoch's numbers, of which the bar shows those without a slash in their names. A
+        signal, or time that is over, ends it with `Stopped`.
         """
         checkpoints, first = self.checkpoints(name), Ranks.here().first
         log = self._scalars(name) if self.options.tensorboard and first else None
@@ -163,7 +147,7 @@ class Session:
                 Checkpoints(place).clear()
 
     def _limits(self) -> tuple[bool, bool]:
-        """Whether the time is over and whether a signal has come, on any process."""
+        """Report whether the time is over, and whether a signal has come, on any process."""
         limit, minutes = self.options.max_minutes, (time.perf_counter() - self._start) / 60
         late, ranks = limit is not None and minutes > limit, Ranks.here()
         return ranks.anywhere(late), ranks.anywhere(self._signal is not None)
@@ -190,11 +174,7 @@ def settings_of(options: Any) -> dict[str, Any]:
 
 
 def device(name: str) -> str:
-    """Choose the device that `auto` stands for.
-
-    Raises:
-        RuntimeError: no such device.
-    """
+    """Choose the device that `auto` stands for."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     torch.empty(0, device=name)

@@ -106,9 +106,6 @@ def prepare(args: Train) -> tuple[Training, Dataset[Any], dict[str, Training]]:
     Returns:
         The student's training at its start, the images of the final table, and the trainings of teachers without
         a file, whose models the student's method holds.
-
-    Raises:
-        ValueError, TypeError, OSError, RuntimeError: whatever is wrong, in a sentence.
     """
     seed, size, epochs = args.run.seed, args.sgd.batch_size or 0, args.sgd.epochs or 0
     images, test = load_train_test(args.images, seed)
@@ -141,11 +138,7 @@ def wanted_teachers(method: str) -> tuple[str, ...]:
 def find_teachers(
     args: Train, train: Images, val: Images
 ) -> tuple[dict[str, nn.Module], dict[str, Training]]:
-    """Read the teachers that the method wants, or begin to train them in place.
-
-    Raises:
-        ValueError: a teacher that the method does not want, or none that it wants.
-    """
+    """Read the teachers that the method wants, or begin to train them in place."""
     teachers, untrained = {}, {}
     method, architecture = args.objective.method, args.models.teacher_architecture
     for name in TEACHERS:
@@ -184,11 +177,7 @@ def teacher_args(args: Train, name: str) -> Train:
 
 
 def begin(args: Train, train: Images, val: Images, teachers: Mapping[str, nn.Module]) -> Training:
-    """Build student and method; the method's dates move with the number of epochs.
-
-    Raises:
-        TypeError, ValueError: settings that do not fit the method.
-    """
+    """Build student and method; the method's dates move with the number of epochs."""
     ours = args.objective
     if taken := sorted(RESERVED & {*ours.settings, *ours.rule_settings}):
         raise ValueError(f"expected --settings without {', '.join(taken)}, which other options say")
