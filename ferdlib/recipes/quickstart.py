@@ -14,7 +14,7 @@ from typing import Any
 from ferdlib.evaluation import compare
 from ferdlib.plots import plot_weights
 from ferdlib.recipes import distill, train
-from ferdlib.recipes.data import load
+from ferdlib.recipes.data import chosen, load
 from ferdlib.recipes.evaluate import check_folder, save_figures
 from ferdlib.recipes.models import write_model
 from ferdlib.recipes.options import Distill, ImageOptions, Quickstart
@@ -94,7 +94,8 @@ def run(args: Quickstart) -> None:
             models[name] = other.student
     test = load("digits", seed=args.run.seed)
     published = distill.protocol(EPS, args)
-    reports = distill.measure_all(models, test, published, test.class_names)
+    tested = chosen(test, args.test.test_images, args.run.seed)
+    reports = distill.measure_all(models, tested, published, test.class_names)
     comparison = compare(reports)
     print(f"\n{comparison}\n\n{comparison.test('FERD', 'teacher', 'PGD-20')}\n")
     print(f"The FERD student:\n{reports['FERD']}\n")
