@@ -82,11 +82,8 @@ def distil(teacher, epochs, seed):
     trainer = FERDTrainer(teacher, student, config=config, seed=seed)
     with tqdm(total=epochs, desc="student, FERD", unit="epoch") as bar:
         for stats in trainer.epochs():
-            bar.set_postfix_str(
-                f"loss {stats.student_loss:.3f}, labels {stats.label_agreement:.0%}"
-            )
+            bar.set_postfix_str(f"labels agree {stats.label_agreement:.0%}")
             bar.update()
-    trainer.student.eval()
     return trainer
 
 
@@ -95,11 +92,11 @@ def draw(reports, trainer, out):
     found = {name: report["PGD-20"] for name, report in reports.items()}
     accuracies = {name: result.class_accuracy for name, result in found.items()}
     intervals = {name: result.class_interval for name, result in found.items()}
-    x, y = trainer.pool.sample(500)
+    images = trainer.pool.sample(len(trainer.pool))
     figures = {
         "classwise": plot_classes(accuracies, intervals=intervals, ylabel="PGD-20 accuracy (%)"),
         "weights": plot_weights(trainer.class_probabilities, accuracies["student"]),
-        "synthetic": plot_images(x, y, num_classes=10),
+        "synthetic": plot_images(*images, num_classes=10),
     }
     for name, axes in figures.items():
         axes.figure.savefig(out / f"{name}.png", dpi=150)
@@ -115,8 +112,8 @@ def main(seed=0, teacher_epochs=30, epochs=30, out=Path("runs/quickstart")):
     for name, model in {"teacher": teacher, "student": trainer.student}.items():
         reports[name] = evaluate(model, test, protocol, num_classes=10, progress=name)
     comparison = compare(reports)
-    print(f"\n{comparison}\n\n{comparison.test('student', 'teacher', 'PGD-20')}\n")
-    print(f"The student:\n{reports['student']}\n")
+    test = comparison.test("student", "teacher", "PGD-20")
+    print(f"\n{comparison}\n\n{test}\n\n{reports['student']}\n")
     out.mkdir(parents=True, exist_ok=True)
     for name, report in reports.items():
         report.save(out / f"report-{name}.json")
@@ -127,8 +124,7 @@ def main(seed=0, teacher_epochs=30, epochs=30, out=Path("runs/quickstart")):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher-epochs", type=int, default=30)
-    parser.add_argument("--epochs", type=int, default=30)
+    for name, default in {"--seed": 0, "--teacher-epochs": 30, "--epochs": 30}.items():
+        parser.add_argument(name, type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     main(**vars(parser.parse_args()))
