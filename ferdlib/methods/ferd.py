@@ -33,6 +33,7 @@ class FERDDistillation(Adversarial):
         TypeError, ValueError: a setting of another type, name or range.
 
     Example:
+        >>> import torch
         >>> from ferdlib.models import small_cnn
         >>> teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
         >>> method, x = FERDDistillation(teacher=teacher), torch.rand(2, 1, 8, 8)
