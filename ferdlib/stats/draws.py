@@ -1,4 +1,4 @@
-"""Counts of classes, and resamples of them."""
+"""Resamples of the counts of classes."""
 
 from __future__ import annotations
 
@@ -8,28 +8,11 @@ import torch
 from torch import Tensor
 
 from ferdlib import _checks
-from ferdlib._checks import InvalidType, InvalidValue, got
 
 # The bootstrap of more classes draws sums over classes, by their normal limit, instead of every class.
 MANY_CLASSES = 200
 # Numbers that are drawn at once, to bound the memory.
 CHUNK = 2**22
-
-
-def counts_of(dtype: torch.dtype, least: int, /, **named: Tensor) -> list[Tensor]:
-    """Vectors of one dtype and equal length, at least `least`, without negative values; on the CPU."""
-    _checks.tensor(**named)
-    for name, value in named.items():
-        wrong = (
-            f"expected `{name}` in {str(dtype)[6:]} of shape (K,) with K >= {least} and no negative value, "
-            f"got {got(value)}"
-        )
-        if value.dtype != dtype:
-            raise InvalidType(wrong)
-        if value.ndim != 1 or len(value) < least or bool((value < 0).any()):
-            raise InvalidValue(wrong)
-    _checks.alike(**named)
-    return [value.cpu() for value in named.values()]
 
 
 def binomials(n: Tensor, p: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
