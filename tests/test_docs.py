@@ -26,6 +26,8 @@ PUBLIC_MODULES = [m for m in MODULES if re.fullmatch(r"ferdlib\.(?!_|recipes)\w+
 LISTED = [*PUBLIC_MODULES, "ferdlib.methods.rules"]
 # Protocols, and results of something else: their examples are those of their users or makers.
 WITHOUT_EXAMPLE = {"AutoAttackResult", "EpochStats", "Method", "Source"}
+# Methods that are used like `SAT` and `ARD`.
+WITHOUT_EXAMPLE |= {"ABSLD", "AdaAD", "BAT", "IAD", "MTARD", "RSLAD", "TRADES"}
 # Bases, whose subclasses have some; old names; and calls that need other processes.
 WITHOUT_EXAMPLE |= {"Adversarial", "Distilled", "create", "first_ahead", "join"}
 WITHOUT_EXAMPLE |= {"Comparison", "PairedTest", "RobustnessReport"}

@@ -87,6 +87,21 @@ def buffers(model):
     return [b.clone() for b in model.buffers()]
 
 
+def marked(network):
+    """The network with a frozen bias, and gradients in the making."""
+    network[0].bias.requires_grad_(False)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    return network
+
+
+def seen(network):
+    """Flags and gradients of a network, and its buffers."""
+    flags = [m.training for m in network.modules()]
+    flags += [(p.requires_grad, p.grad.tolist()) for p in network.parameters()]
+    return flags, [b.tolist() for b in network.buffers()]
+
+
 def same(a, b):
     return len(a) == len(b) and all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
 

@@ -24,32 +24,10 @@ from ferdlib.methods.presets import (
 from ferdlib.methods.protocol import Adversarial, Distilled, Method, teacher_logits
 from ferdlib.methods.training import BAT, SAT, TRADES
 
-__all__ = [
-    "ABSLD",
-    "ARD",
-    "BAT",
-    "IAD",
-    "METHODS",
-    "MTARD",
-    "PRESETS",
-    "RECIPES",
-    "RSLAD",
-    "RULES",
-    "SAT",
-    "TRADES",
-    "AdaAD",
-    "Adversarial",
-    "Distilled",
-    "FERDDistillation",
-    "FairAverage",
-    "Method",
-    "Recipe",
-    "build_method",
-    "create",
-    "recipe",
-    "rules",
-    "teacher_logits",
-]
+__all__ = ["ABSLD", "ARD", "BAT", "IAD", "MTARD", "RSLAD", "SAT", "TRADES", "AdaAD"]
+__all__ += ["Adversarial", "Distilled", "FERDDistillation", "FairAverage", "Method"]
+__all__ += ["METHODS", "PRESETS", "RECIPES", "RULES", "Recipe", "build_method", "create", "recipe"]
+__all__ += ["rules", "teacher_logits"]
 
 if not TYPE_CHECKING:
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,18 +26,9 @@ class FairAverage:
         decay: alpha in [0, 1], per update: per epoch in CFA.
         threshold: in [0, 1]; the release's default is 0.24 and its README's example 0.2.
 
-    Attributes:
-        module: the average, in eval mode and without weight gradients; before the first update that
-            averages, the model as it was given.
-
-    Raises:
-        TypeError, ValueError: a model that is no module, or not like the first; settings out of range;
-            accuracies that are not float `(K,)` in [0, 1], or all `nan`; a state of another kind.
-
     Reference: Wei et al., CFA: Class-wise calibrated fair adversarial training, 2023.
 
     Example:
-        >>> import torch
         >>> model = nn.Linear(1, 2)
         >>> average = FairAverage(model, decay=0.75)
         >>> for bias, accuracy in [(1.0, 0.1), (4.0, 0.3), (8.0, 0.5)]:
@@ -57,7 +48,7 @@ class FairAverage:
 
     @property
     def module(self) -> nn.Module:
-        """The average."""
+        """The average, in eval mode and without weight gradients; before an update the model as it was given."""
         return self._average.module
 
     @property
@@ -74,9 +65,8 @@ class FairAverage:
             class_accuracy: its own robust accuracies `(K,)` on held-out data; `nan` for an absent
                 class, which does not count.
         """
-        expected = [tuple(value.shape) for value in _values(self.module)]
         _checks.module(model=model)
-        if [tuple(value.shape) for value in _values(model)] != expected:
+        if _shapes(model) != _shapes(self.module):
             raise InvalidValue(
                 "expected `model` with the parameters and buffers of the first one, got other shapes"
             )
@@ -107,5 +97,5 @@ class FairAverage:
         return self.decay * average + (1 - self.decay) * current
 
 
-def _values(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
+def _shapes(model: nn.Module) -> list[torch.Size]:
+    return [value.shape for value in (*model.parameters(), *model.buffers())]

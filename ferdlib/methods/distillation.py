@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ferdlib import _checks, losses
 from ferdlib._modes import borrowed
 from ferdlib.attacks import pgd
 from ferdlib.losses import MTARDBalance
-from ferdlib.methods.protocol import Batch, Distilled, Terms, teacher_logits
+from ferdlib.methods.protocol import Batch, Distilled, Reference, Terms, teacher_logits
 from ferdlib.reweight import ClassMean
 
 # Epochs after which the rates of MTARD and ABSLD fall to a tenth.
@@ -46,13 +46,8 @@ class ARD(Distilled):
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         adv = student(batch.x_adv)
         clean = student(batch.x) if self.alpha < 1 else None
-        return losses.ard(clean, adv, batch.reference, batch.y, **self.weights), adv
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """Arguments that the losses of ARD and IAD share."""
-        own = {"temperature": self.temperature, "alpha": self.alpha}
-        return own | {"kl_weight": self.kl_weight}
+        weights = _checks.named(self, "temperature", "alpha", "kl_weight")
+        return losses.ard(clean, adv, batch.reference, batch.y, **weights), adv
 
 
 @dataclass(kw_only=True)
@@ -68,10 +63,6 @@ class IAD(ARD):
         exponent: b >= 0.
         begin: epochs without the student's introspection.
         weigh_teacher: multiply the teacher's term by A; the release does not.
-
-    Example:
-        >>> IAD.begin, IAD.weigh_teacher
-        (60, True)
     """
 
     temperature: float = 1.0
@@ -91,8 +82,9 @@ class IAD(ARD):
             return super().terms(student, batch)
         clean, adv = student(batch.x), student(batch.x_adv)
         guide = teacher_logits(self.teacher, batch.x_adv)
-        own: dict[str, Any] = {"exponent": self.exponent, "weigh_teacher": self.weigh_teacher}
-        return losses.iad(clean, adv, batch.reference, guide, batch.y, **self.weights, **own), adv
+        own = ("temperature", "alpha", "kl_weight", "exponent", "weigh_teacher")
+        settings = _checks.named(self, *own)
+        return losses.iad(clean, adv, batch.reference, guide, batch.y, **settings), adv
 
 
 @dataclass(kw_only=True)
@@ -101,16 +93,11 @@ class RSLAD(Distilled):
 
     Attributes:
         adv_weight: weight of the adversarial term, in [0, 1]; the clean one has the rest.
-
-    Example:
-        >>> RSLAD.random_start, round(RSLAD.adv_weight, 3)
-        ('normal', 0.833)
     """
 
     adv_weight: float = 5 / 6
     random_start: Literal["uniform", "normal"] | None = "normal"
-
-    aims_at_reference: ClassVar[bool] = True
+    aims_at_reference = True
 
     def check(self) -> None:
         super().check()
@@ -121,7 +108,7 @@ class RSLAD(Distilled):
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         clean, adv = student(batch.x), student(batch.x_adv)
-        weights = {"adv_weight": self.adv_weight, "kl_weight": self.kl_weight}
+        weights = _checks.named(self, "adv_weight", "kl_weight")
         return losses.rslad(clean, adv, batch.reference, **weights), adv
 
 
@@ -136,10 +123,6 @@ class MTARD(Distilled):
         rate: rate of the balance, in [0, 1], a tenth after each of the epochs `rate_drops`.
         clean_target: "robust" puts the robust teacher's adversarial logits into the clean term too, the bug of
             Fair-MTARD's release; "natural" is what both papers say.
-
-    Example:
-        >>> MTARD(num_classes=3, teacher=nn.Flatten(), natural_teacher=nn.Flatten()).rate
-        0.025
     """
 
     natural_teacher: nn.Module
@@ -148,8 +131,7 @@ class MTARD(Distilled):
     clean_target: Literal["natural", "robust"] = "natural"
     random_start: Literal["uniform", "normal"] | None = "normal"
     balance: MTARDBalance = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = (*Distilled.stateful, "balance")
+    stateful = (*Distilled.stateful, "balance")
 
     def check(self) -> None:
         super().check()
@@ -162,7 +144,7 @@ class MTARD(Distilled):
         super().bind()
         self.balance = MTARDBalance(rate=self.rate)
 
-    def reference(self, x: Tensor) -> Tensor | None:
+    def reference(self, x: Tensor) -> Reference:
         natural = self.clean_target == "natural"
         return teacher_logits(self.natural_teacher, x) if natural else None
 
@@ -191,11 +173,6 @@ class AdaAD(Distilled):
 
     Attributes:
         alpha: weight of the adversarial term, in [0, 1]; the clean one has the rest, and needs the reference.
-
-    Example:
-        >>> method = AdaAD(num_classes=4, teacher=nn.Flatten())
-        >>> method.attack(nn.Flatten(), torch.rand(3, 1, 2, 2), torch.arange(3)).shape
-        torch.Size([3, 1, 2, 2])
     """
 
     alpha: float = 1.0
@@ -205,7 +182,7 @@ class AdaAD(Distilled):
         super().check()
         _checks.real(0, 1, alpha=self.alpha)
 
-    def reference(self, x: Tensor) -> Tensor | None:
+    def reference(self, x: Tensor) -> Reference:
         return super().reference(x) if self.alpha < 1 else None
 
     def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
@@ -224,10 +201,9 @@ class AdaAD(Distilled):
             return pgd(both, batch.x, batch.y, loss=apart, **settings)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        clean = student(batch.x) if self.alpha < 1 else None
+        clean, reference = (student(batch.x), batch.reference) if self.alpha < 1 else (None, None)
         adv, teacher_adv = student(batch.x_adv), teacher_logits(self.teacher, batch.x_adv)
-        weights = {"alpha": self.alpha, "kl_weight": self.kl_weight}
-        reference = batch.reference if self.alpha < 1 else None
+        weights = _checks.named(self, "alpha", "kl_weight")
         return losses.adaad(clean, adv, reference, teacher_adv, **weights), adv
 
 
@@ -240,21 +216,14 @@ class ABSLD(RSLAD):
     Attributes:
         rate: rate of the temperatures, >= 0, a tenth after each of the epochs `rate_drops`.
         adv_temperatures, clean_temperatures: float64 `(K,)`, ones at first.
-
-    Example:
-        >>> ABSLD(num_classes=3, teacher=nn.Flatten()).adv_temperatures
-        tensor([1., 1., 1.], dtype=torch.float64)
     """
 
     rate: float = 0.1
     rate_drops: tuple[int, ...] = DROPS
     adv_temperatures: Tensor = field(init=False, repr=False)
     clean_temperatures: Tensor = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = (
-        *(*RSLAD.stateful, "adv_temperatures", "clean_temperatures"),
-        *("adv_losses", "clean_losses"),
-    )
+    stateful = (*RSLAD.stateful, "adv_temperatures", "clean_temperatures")
+    stateful += ("adv_losses", "clean_losses")
 
     def check(self) -> None:
         super().check()
@@ -278,12 +247,10 @@ class ABSLD(RSLAD):
         with torch.no_grad():
             self.adv_losses.update(losses.cross_entropy(adv, batch.y), batch.y)
             self.clean_losses.update(losses.cross_entropy(clean, batch.y), batch.y)
-        temperatures: dict[str, Any] = {
-            "adv_temperature": self.adv_temperatures.to(batch.reference)[batch.y],
-            "clean_temperature": self.clean_temperatures.to(batch.reference)[batch.y],
-        }
-        weights = {"adv_weight": self.adv_weight, "kl_weight": self.kl_weight}
-        return losses.absld(clean, adv, batch.reference, **temperatures, **weights), adv
+        settings = _checks.named(self, "adv_weight", "kl_weight")
+        settings["adv_temperature"] = self.adv_temperatures.to(batch.reference)[batch.y]
+        settings["clean_temperature"] = self.clean_temperatures.to(batch.reference)[batch.y]
+        return losses.absld(clean, adv, batch.reference, **settings), adv
 
     def end_epoch(self) -> None:
         super().end_epoch()

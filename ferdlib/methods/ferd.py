@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ferdlib import _checks, losses
 from ferdlib.attacks import utae_pgd
-from ferdlib.methods.protocol import Adversarial, Batch, Terms, Uniform, teacher_logits
+from ferdlib.methods.protocol import Adversarial, Batch, Reference, Terms, Uniform, teacher_logits
 from ferdlib.models.freeze import FrozenModel, fast_copy
 
 
@@ -17,27 +17,23 @@ from ferdlib.models.freeze import FrozenModel, fast_copy
 class FERDDistillation(Adversarial):
     """Train a student on images and their UTAEs (FERD section 4.4, Algorithm 1, lines 15-17).
 
+    A rule that counts steps counts those of the attacked model; `train_mode` is the student's.
+
     Attributes:
         teacher: gives the targets; only ever run in eval mode and without gradients.
         num_classes: K; may stay 0 where no rule needs it.
         attack_model: whose UTAEs are made: the "student"'s, away from the teacher's clean prediction
             (as RSLAD and the release do), or the "teacher"'s own (Eq. 10 to the letter).
-        gamma, eps, step_size, steps, random_start, rng: see `attacks.utae_pgd`.
-        train_mode: the student's in its attack; the teacher stays in eval mode.
+        gamma: see `attacks.utae_pgd`.
         clean_weight, adv_weight: see `losses.ferd_distillation_loss`.
         fold_batchnorm: attack a fast copy of the student that follows it (`models.freeze_for_attack`), where
             torch.fx can trace it; its logits differ by about 1e-6.
-        rule: as in every method; one that counts steps counts those of the attacked model.
-
-    Raises:
-        TypeError, ValueError: a setting of another type, name or range.
 
     Example:
         >>> import torch
         >>> from ferdlib.models import small_cnn
-        >>> teacher, student = small_cnn(1, 3, width=4), small_cnn(1, 3, width=2)
-        >>> method, x = FERDDistillation(teacher=teacher), torch.rand(2, 1, 8, 8)
-        >>> y = torch.tensor([0, 2])
+        >>> method = FERDDistillation(teacher=small_cnn(1, 3, width=4))
+        >>> student, x, y = small_cnn(1, 3, width=2), torch.rand(2, 1, 8, 8), torch.tensor([0, 2])
         >>> method.loss(student, x, method.attack(student, x, y), y).shape
         torch.Size([2])
     """
@@ -50,16 +46,14 @@ class FERDDistillation(Adversarial):
     clean_weight: float = 5 / 6
     adv_weight: float = 1 / 6
     fold_batchnorm: bool = True
-
-    aims_at_reference: ClassVar[bool] = True
+    aims_at_reference = True
 
     def check(self) -> None:
         super().check()
         _checks.module(teacher=self.teacher)
         _checks.integer(0, num_classes=self.num_classes)
         _checks.choice(("student", "teacher"), attack_model=self.attack_model)
-        _checks.real(0, gamma=self.gamma)
-        _checks.real(0, clean_weight=self.clean_weight, adv_weight=self.adv_weight)
+        _checks.real(0, **_checks.named(self, "gamma", "clean_weight", "adv_weight"))
         _checks.instance(bool, fold_batchnorm=self.fold_batchnorm)
 
     def bind(self) -> None:
@@ -68,28 +62,23 @@ class FERDDistillation(Adversarial):
         self._copied: nn.Module | None = None
         self._copy: nn.Module = self.teacher
 
-    def reference(self, x: Tensor) -> Tensor | None:
+    def reference(self, x: Tensor) -> Reference:
         return teacher_logits(self.teacher, x)
 
     def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
         """UTAEs of x (Eq. 10); the labels play no part."""
         _checks.module(student=student)
+        attacked = student
         if self.attack_model == "teacher":
             attacked, settings["train_mode"] = self.teacher, False
-        else:
-            attacked = student if self.train_mode else self._fast(student)
+        elif self.fold_batchnorm and not self.train_mode:
+            # Tracing costs more than an attack: the copy is made once, and then takes over the weights only.
+            if self._copied is not student:
+                self._copied, self._copy = student, fast_copy(student)
+            elif isinstance(self._copy, FrozenModel):
+                self._copy.follow(student)
+            attacked = self._copy
         return utae_pgd(attacked, batch.x, batch.reference, gamma=self.gamma, **settings)
-
-    def _fast(self, student: nn.Module) -> nn.Module:
-        """The student as it is now, in a copy that is made once."""
-        if not self.fold_batchnorm:
-            return student
-        # Tracing costs more than an attack; afterwards the copy takes over the weights only.
-        if self._copied is not student:
-            self._copied, self._copy = student, fast_copy(student)
-        elif isinstance(self._copy, FrozenModel):
-            self._copy.follow(student)
-        return self._copy
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         """Eq. 11 of each sample; images and examples are two forwards of the student."""

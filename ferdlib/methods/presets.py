@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -19,15 +19,13 @@ from ferdlib.methods.training import BAT, SAT, TRADES
 
 Preset = Literal["paper", "released"]
 
-METHODS: dict[str, type[Adversarial]] = {
-    **{"sat": SAT, "trades": TRADES, "bat": BAT, "ard": ARD, "iad": IAD, "rslad": RSLAD},
-    **{"mtard": MTARD, "adaad": AdaAD, "absld": ABSLD, "ferd": FERDDistillation},
-}
+_METHODS = (SAT, TRADES, BAT, ARD, IAD, RSLAD, MTARD, AdaAD, ABSLD)
+METHODS: dict[str, type[Adversarial]] = {kind.__name__.lower(): kind for kind in _METHODS}
+METHODS |= {"ferd": FERDDistillation}
+_RULES = (rules.FRL, rules.FAT, rules.CFA, rules.FAAL, rules.DAFA, rules.WAT)
 # The prefix of a name: "fair-rslad" is RSLAD with LPS.
-RULES: dict[str, type[Rule]] = {
-    **{"fair": rules.LPS, "gair": rules.GAIRAT, "frl": rules.FRL, "fat": rules.FAT},
-    **{"cfa": rules.CFA, "faal": rules.FAAL, "dafa": rules.DAFA, "wat": rules.WAT},
-}
+RULES: dict[str, type[Rule]] = {"fair": rules.LPS, "gair": rules.GAIRAT}
+RULES |= {rule.__name__.lower(): rule for rule in _RULES}
 
 _BALL = {"eps": 0.031, "step_size": 0.007}
 _CODE: dict[str, Any] = {"train_mode": True}
@@ -41,10 +39,7 @@ _SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "bat": (_BALL, _BALL),
     "ard": ({}, _CODE | _MEAN),
     "iad": ({}, _CODE | {"weigh_teacher": False}),
-    "rslad": ({}, _MEAN),
-    "mtard": ({}, _MEAN),
-    "adaad": ({}, _MEAN),
-    "absld": ({}, _MEAN),
+    **dict.fromkeys(("rslad", "mtard", "adaad", "absld"), ({}, _MEAN)),
     "ferd": ({"attack_model": "teacher", "random_start": None}, {"gamma": 0.0}),
 }
 _FAIR = ("ard", "iad", "rslad", "mtard")
@@ -119,18 +114,11 @@ def build_method(
     Args:
         name: one of `METHODS`, alone ("rslad") or behind one of `RULES` ("fair-rslad").
         num_classes: K >= 2.
-        teacher: the robust teacher, for all but "sat", "trades" and "bat".
-        natural_teacher: for "mtard".
+        teacher, natural_teacher: the robust one, for all but "sat", "trades" and "bat"; the other for "mtard".
         preset: "paper" is the text, "released" what the authors' code computes, bugs included
             (docs/paper-map.md); of the names with a rule only Fair-ARD's four have a release.
         rule: a rule of other settings, for a name without one.
         **settings: fields of the method's or the rule's class that shall differ from the preset.
-
-    Returns:
-        The method, for a loop of one's own or for `FERDTrainer(method=...)`.
-
-    Raises:
-        TypeError, ValueError: an unknown name, preset or setting, or a teacher that is missing or not wanted.
 
     Example:
         >>> build_method("trades", 10).eps, build_method("trades", 10, eps=8 / 255, beta=1.0).beta
@@ -140,9 +128,9 @@ def build_method(
     """
     given = {**_preset(PRESETS, name, preset), **settings}
     prefix, _, base = name.rpartition("-")
-    models = {"teacher": teacher, "natural_teacher": natural_teacher}
+    parts: dict[str, Any] = {"teacher": teacher, "natural_teacher": natural_teacher}
     of_method, of_rule = _fields(METHODS[base]), _fields(RULES[prefix]) if prefix else set()
-    for argument, model in models.items():
+    for argument, model in parts.items():
         if (argument in of_method) != (model is not None):
             expected = "a" if argument in of_method else "no"
             came = "none" if model is None else f"a {type(model).__name__}"
@@ -151,7 +139,7 @@ def build_method(
         raise InvalidValue(
             f"expected no `rule` for {name!r}, which has one, got a {type(rule).__name__}; give it to {base!r}"
         )
-    of_method -= {*models, "num_classes", "rule"}
+    of_method -= {*parts, "num_classes", "rule"}
     for setting in given:
         if setting not in of_method ^ of_rule:
             both = ", which method and rule both have; use `rule`" * (setting in of_method)
@@ -159,9 +147,8 @@ def build_method(
             raise InvalidValue(f"expected `settings` among {known}, got {setting!r}{both}")
     if prefix:
         rule = RULES[prefix](**{key: given[key] for key in given.keys() & of_rule})
-    parts = {**models, "rule": rule}
     own = {key: given[key] for key in given.keys() & of_method}
-    own |= {key: part for key, part in parts.items() if part is not None}
+    own |= {key: part for key, part in {**parts, "rule": rule}.items() if part is not None}
     return METHODS[base](num_classes=num_classes, **own)
 
 
@@ -170,9 +157,6 @@ def recipe(name: str, preset: Preset = "paper") -> Recipe:
     """Schedule to train with a method on CIFAR-10, from its paper or its release.
 
     Where a paper says nothing, it is that of its release. "ferd" has none: `FERDConfig` is its schedule.
-
-    Raises:
-        TypeError, ValueError: an unknown name or preset.
 
     Example:
         >>> recipe("fair-ard", "released").milestones  # (100, 150) in the paper
@@ -184,12 +168,7 @@ def recipe(name: str, preset: Preset = "paper") -> Recipe:
 
 @deprecated("ferdlib.methods.create is now called ferdlib.methods.build_method")
 def create(name: str, num_classes: int, **settings: Any) -> Adversarial:
-    """`build_method` under its old name.
-
-    Example:
-        >>> build_method("sat", 3).steps
-        7
-    """
+    """`build_method` under its old name."""
     return build_method(name, num_classes, **settings)
 
 
@@ -201,9 +180,10 @@ def _preset(data: Mapping[str, Mapping[Preset, Any]], name: str, preset: Preset)
     _checks.instance(str, name=name)
     _checks.choice(("paper", "released"), preset=preset)
     if name not in data:
-        methods = _listed(name for name in data if "-" not in name)
+        methods = ", ".join(repr(name) for name in data if "-" not in name)
+        prefixes = ", ".join(map(repr, RULES))
         raise InvalidValue(
-            f"expected `name` to be one of {methods}, alone or behind one of {_listed(RULES)} and a hyphen, "
+            f"expected `name` to be one of {methods}, alone or behind one of {prefixes} and a hyphen, "
             f"got {name!r}"
         )
     if preset not in data[name]:
@@ -211,7 +191,3 @@ def _preset(data: Mapping[str, Mapping[Preset, Any]], name: str, preset: Preset)
             f"expected `preset` 'paper' for {name!r}, a pair without a release, got {preset!r}"
         )
     return data[name][preset]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -30,6 +30,8 @@ from ferdlib.reweight import ClassMean
 Batches = Iterable[tuple[Tensor, Tensor]]
 Ball = tuple[float | Tensor, float | Tensor]
 OnStep = Callable[[int, Tensor, Any], None]
+# Clean logits (N, K) that a method aims at, if it has any.
+Reference = Tensor | None
 # Losses (N,), and the student's logits (N, K) on the adversarial images.
 Terms = tuple[Tensor, Tensor]
 
@@ -38,29 +40,19 @@ Terms = tuple[Tensor, Tensor]
 class Method(Protocol):
     """Everything that a trainer asks of a method; any object with these is one.
 
-    `reference(x)` returns the clean logits that the method aims at, or None. They travel as a value: `attack`
-    and `loss` are given what it returned for the same images. With None they compute their own.
+    What `reference(x)` returns travels as a value to `attack` and `loss` of the same images. With None they
+    compute their own.
     """
 
-    def reference(self, x: Tensor) -> Tensor | None: ...
-
+    def reference(self, x: Tensor) -> Reference: ...
     def attack(
-        self, student: nn.Module, x: Tensor, y: Tensor, reference: Tensor | None = None
+        self, student: nn.Module, x: Tensor, y: Tensor, reference: Reference = None
     ) -> Tensor: ...
-
     def loss(
-        self,
-        student: nn.Module,
-        x: Tensor,
-        x_adv: Tensor,
-        y: Tensor,
-        reference: Tensor | None = None,
+        self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, reference: Reference = None
     ) -> Tensor: ...
-
     def end_epoch(self) -> None: ...
-
     def state_dict(self) -> dict[str, Any]: ...
-
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -78,8 +70,7 @@ def teacher_logits(teacher: nn.Module, x: Tensor) -> Tensor:
     """A teacher's logits in eval mode and without gradients; the teacher is given back as it was.
 
     Example:
-        >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> teacher_logits(teacher, torch.rand(2, 1, 2, 2)).requires_grad
+        >>> teacher_logits(nn.Linear(2, 3), torch.rand(4, 2)).requires_grad
         False
     """
     with torch.no_grad(), borrowed(teacher):
@@ -99,21 +90,23 @@ class Stateful:
         """
         ranks = Ranks.here()
         # Tensors are not touched: they are results of `end_epoch`, the same everywhere.
-        for part in map(self.__getattribute__, self.stateful):
+        for part in _checks.named(self, *self.stateful).values():
             if isinstance(part, Stateful):
                 part.sync()
             elif isinstance(part, ClassMean):
                 ranks.add_to(part)
             elif hasattr(part, "state_dict") and ranks.size > 1:
                 state = part.state_dict()
-                part.load_state_dict({key: _average(ranks, value) for key, value in state.items()})
+                for key, value in state.items():
+                    if torch.is_tensor(value) and value.is_floating_point():
+                        state[key] = ranks.mean(value)
+                part.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that continuing needs, also in the middle of an epoch."""
-        parts = {name: getattr(self, name) for name in self.stateful}
         return {
             name: part.state_dict() if hasattr(part, "state_dict") else copy.deepcopy(part)
-            for name, part in parts.items()
+            for name, part in _checks.named(self, *self.stateful).items()
         }
 
     @public
@@ -139,10 +132,6 @@ class Stateful:
             setattr(self, name, copy.deepcopy(value))
 
 
-def _average(ranks: Ranks, value: Any) -> Any:
-    return ranks.mean(value) if torch.is_tensor(value) and value.is_floating_point() else value
-
-
 @dataclass(kw_only=True)
 class Rule(Stateful):
     """How a method weighs the classes; a subclass overrides what it changes.
@@ -158,7 +147,6 @@ class Rule(Stateful):
     num_classes: int = field(default=0, init=False)
     epoch: int = field(default=0, init=False)
     validated: bool = field(default=False, init=False, repr=False)
-
     needs_validation: ClassVar[bool] = False
 
     @public
@@ -223,10 +211,6 @@ class Adversarial(Stateful):
         eps, step_size, steps, random_start, train_mode, rng: see `attacks.pgd`.
         rule: reweighs the classes, see `methods.rules`.
         epoch: number of epochs that have ended.
-
-    Raises:
-        TypeError, ValueError: a setting of another type, name or range.
-        RuntimeError: a `rule` that another method has.
     """
 
     num_classes: int
@@ -238,7 +222,6 @@ class Adversarial(Stateful):
     rule: Rule = field(default_factory=Uniform)
     rng: torch.Generator | None = None
     epoch: int = field(default=0, init=False)
-
     stateful: ClassVar[tuple[str, ...]] = ("epoch", "rule")
     # Whether the attack aims at the reference, which is computed for it if none came.
     aims_at_reference: ClassVar[bool] = False
@@ -262,31 +245,23 @@ class Adversarial(Stateful):
         _checks.integer(2, num_classes=self.num_classes)
         self.rule.bind(self.num_classes)
 
-    def reference(self, x: Tensor) -> Tensor | None:
+    def reference(self, x: Tensor) -> Reference:
         """Return the clean logits that attack and loss aim at, if there are any."""
         return None
 
     @public
     def attack(
-        self, student: nn.Module, x: Tensor, y: Tensor, reference: Tensor | None = None
+        self, student: nn.Module, x: Tensor, y: Tensor, reference: Reference = None
     ) -> Tensor:
         """Adversarial images like x."""
         self._check(student, y, x=x)
         if reference is None and self.aims_at_reference:
             reference = self.reference(x)
+        settings = _checks.named(self, "steps", "random_start", "train_mode", "rng")
         # The labels decide the ball and the count, whatever the attack aims at.
-        eps, step_size = self.rule.ball(self.eps, self.step_size, y)
-        return self.ascend(
-            student,
-            Batch(x, y, reference),
-            eps=eps,
-            step_size=step_size,
-            steps=self.steps,
-            random_start=self.random_start,
-            train_mode=self.train_mode,
-            rng=self.rng,
-            on_step=self.rule.watch(y, self.steps),
-        )
+        settings["eps"], settings["step_size"] = self.rule.ball(self.eps, self.step_size, y)
+        settings["on_step"] = self.rule.watch(y, self.steps)
+        return self.ascend(student, Batch(x, y, reference), **settings)
 
     def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
         """Climb the cross-entropy by `attacks.pgd`, of which `settings` are the other arguments."""
@@ -294,12 +269,7 @@ class Adversarial(Stateful):
 
     @public
     def loss(
-        self,
-        student: nn.Module,
-        x: Tensor,
-        x_adv: Tensor,
-        y: Tensor,
-        reference: Tensor | None = None,
+        self, student: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, reference: Reference = None
     ) -> Tensor:
         """One value per sample, `(N,)`, reweighted by the rule."""
         self._check(student, y, x=x, x_adv=x_adv)
@@ -339,10 +309,9 @@ class Adversarial(Stateful):
 
 @dataclass(kw_only=True)
 class Distilled(Adversarial):
-    """A method with a robust teacher, run in eval mode and without gradients.
+    """A method with a robust teacher, from images to logits, run in eval mode and without gradients.
 
     Attributes:
-        teacher: from images to logits.
         kl_mean: divide divergences by K, as the releases' `KLDivLoss()` does.
     """
 
@@ -354,7 +323,7 @@ class Distilled(Adversarial):
         _checks.module(teacher=self.teacher)
         _checks.instance(bool, kl_mean=self.kl_mean)
 
-    def reference(self, x: Tensor) -> Tensor | None:
+    def reference(self, x: Tensor) -> Reference:
         return teacher_logits(self.teacher, x)
 
     @property

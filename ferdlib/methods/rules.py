@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,6 @@ from ferdlib.methods.protocol import Adversarial, Ball, Batches, OnStep, Rule, U
 from ferdlib.reweight import ClassMean, ClassWeights, FRLWeights, HedgeWeights
 
 __all__ = ["CFA", "DAFA", "FAAL", "FAT", "FRL", "GAIRAT", "LPS", "WAT", "Rule", "Uniform"]
-
-# A class that DAFA's strength would push to a weight of 0 or less gets this one, by a lower strength.
-LEAST_WEIGHT = 0.05
 
 
 @dataclass(kw_only=True)
@@ -60,8 +56,7 @@ class LPS(Rule):
     clip: tuple[float, float] | None = None
     steps: int = field(default=0, init=False, repr=False)
     class_weights: ClassWeights = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = ("epoch", "steps", "class_weights")
+    stateful = ("epoch", "steps", "class_weights")
 
     def check(self) -> None:
         _checks.choice(("power", "linear", "sigmoid", "tanh"), function=self.function)
@@ -76,14 +71,14 @@ class LPS(Rule):
 
     def weigh(self, kappa: Tensor) -> Tensor:
         """Class weights from the class means of the steps."""
-        ramp: dict[str, Any] = {"steps": self.steps, "shift": self.shift}
-        functions = {
-            "power": partial(reweight.lps_power, beta=self.beta),
-            "linear": partial(reweight.lps_linear, steps=self.steps),
-            "sigmoid": partial(reweight.lps_sigmoid, **ramp),
-            "tanh": partial(reweight.lps_tanh, **ramp),
-        }
-        return reweight.normalize(functions[self.function](kappa), clip=self.clip)
+        if self.function == "power":
+            weights = reweight.lps_power(kappa, beta=self.beta)
+        elif self.function == "linear":
+            weights = reweight.lps_linear(kappa, self.steps)
+        else:
+            ramp = reweight.lps_tanh if self.function == "tanh" else reweight.lps_sigmoid
+            weights = ramp(kappa, self.steps, shift=self.shift)
+        return reweight.normalize(weights, clip=self.clip)
 
     def watch(self, targets: Tensor, steps: int) -> OnStep:
         counter, self.steps = StepCounter(targets, steps, count=self.count), steps
@@ -111,11 +106,8 @@ class LPS(Rule):
 class GAIRAT(Rule):
     """GAIRAT's weights: each sample by its own least steps, within its batch (`reweight.gairat`).
 
-    They multiply the whole loss of the sample; in GAIRAT's paper that is the adversarial cross-entropy.
-
-    Attributes:
-        shift: of the tanh.
-        begin: epochs without weights.
+    They multiply the whole loss of the sample, in GAIRAT's paper the adversarial cross-entropy, after `begin`
+    epochs without weights.
     """
 
     shift: float = -1.0
@@ -134,11 +126,10 @@ class GAIRAT(Rule):
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         if self.epoch < self.begin:
             return losses
-        counter = self.counter
         # Examples from elsewhere come with other labels than those of the last attack.
-        if counter is None or not torch.equal(counter.labels, targets):
+        if self.counter is None or not torch.equal(self.counter.labels, targets):
             raise InvalidState("expected images of the method's own attack, with steps, got others")
-        weights = reweight.gairat(counter.counts, counter.steps, shift=self.shift)
+        weights = reweight.gairat(self.counter.counts, self.counter.steps, shift=self.shift)
         return weights.to(losses) * losses
 
 
@@ -146,10 +137,7 @@ class GAIRAT(Rule):
 class FAT(Rule):
     """FAT's regulariser: plus the variance over classes of the adversarial cross-entropy.
 
-    `losses.class_variance` over the classes of the batch, whatever the method's loss.
-
-    Attributes:
-        variance_weight: weight >= 0 of the variance.
+    `losses.class_variance` over the classes of the batch, times a weight >= 0, whatever the method's loss.
     """
 
     variance_weight: float = 0.1
@@ -168,9 +156,6 @@ class FAAL(Rule):
     """FAAL's weights: the worst case within a KL ball around equal ones (`reweight.kl_ball`).
 
     The weights multiply the whole loss; the scores are class means of the margin by which images are lost.
-
-    Attributes:
-        radius: radius >= 0 of the ball.
     """
 
     radius: float = 0.5
@@ -197,8 +182,7 @@ class CFA(Rule):
     taken on the adversarial images. CFA's weight averaging is `FairAverage`.
 
     Attributes:
-        beta: of the mixture, >= 0.
-        margin_base, mixing_base: CFA's lambda_1 and lambda_2, >= 0.
+        beta, margin_base, mixing_base: >= 0; the bases are CFA's lambda_1 and lambda_2.
         begin: epochs with equal radii and the method's loss alone.
         accuracy: robust training accuracy of the last epoch, float64 `(K,)`, `nan` for an absent class.
     """
@@ -209,12 +193,10 @@ class CFA(Rule):
     begin: int = 10
     accuracy: Tensor = field(init=False, repr=False)
     correct: ClassMean = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = ("epoch", "accuracy", "correct")
+    stateful = ("epoch", "accuracy", "correct")
 
     def check(self) -> None:
-        bases = {"margin_base": self.margin_base, "mixing_base": self.mixing_base}
-        _checks.real(0, beta=self.beta, **bases)
+        _checks.real(0, **_checks.named(self, "beta", "margin_base", "mixing_base"))
         _checks.integer(0, begin=self.begin)
 
     def bind(self, num_classes: int) -> None:
@@ -262,8 +244,7 @@ class DAFA(Rule):
     begin: int = 70
     weights: Tensor = field(init=False, repr=False)
     sums: Tensor = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = ("epoch", "weights", "sums")
+    stateful = ("epoch", "weights", "sums")
 
     def check(self) -> None:
         _checks.real(0, strength=self.strength)
@@ -300,9 +281,9 @@ class DAFA(Rule):
         change = len(p) * (reweight.confusion_weights(p, strength=1 / len(p)) - 1)
         most, strength = -float(change.min()), self.strength
         if strength * most >= 1:
-            strength = (1 - LEAST_WEIGHT) / most
+            # The class that loses most keeps 0.05.
+            strength, worst = 0.95 / most, int(change.argmin())
             message = "DAFA: strength %g would leave class %d no weight; lowered to %.4g"
-            worst = int(change.argmin())
             logging.getLogger("ferdlib").warning(message, self.strength, worst, strength)
         return reweight.confusion_weights(p, strength=strength)
 
@@ -322,9 +303,8 @@ class FRL(Rule):
     slack: float = 0.1
     remargin: bool = False
     multipliers: FRLWeights = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = ("epoch", "multipliers")
-    needs_validation: ClassVar[bool] = True
+    stateful = ("epoch", "multipliers")
+    needs_validation = True
 
     def check(self) -> None:
         _checks.real(0, slack=self.slack)
@@ -332,7 +312,7 @@ class FRL(Rule):
 
     def bind(self, num_classes: int) -> None:
         super().bind(num_classes)
-        slacks = {"clean_slack": self.slack, "boundary_slack": self.slack}
+        slacks = dict.fromkeys(("clean_slack", "boundary_slack"), self.slack)
         self.multipliers = FRLWeights(num_classes, **slacks, remargin=self.remargin)
 
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
@@ -347,11 +327,11 @@ class FRL(Rule):
         return weights.to(losses)[targets] * losses
 
     def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
-        settings: dict[str, Any] = {"eps": method.eps, "step_size": method.step_size}
+        settings = _checks.named(method, "eps", "step_size", "rng")
         counts = torch.zeros(2, self.num_classes, self.num_classes, dtype=torch.int64)
         with torch.no_grad(), borrowed(student):
             for x, y in batches:
-                x_adv = pgd(student, x, y, **settings, steps=20, rng=method.rng)
+                x_adv = pgd(student, x, y, steps=20, **settings)
                 for k, images in enumerate((x, x_adv)):
                     predicted = student(images).argmax(dim=1)
                     counts[k] += metrics.confusion_matrix(predicted, y, self.num_classes).cpu()
@@ -368,9 +348,8 @@ class WAT(Rule):
 
     rate: float = 0.1
     hedge: HedgeWeights = field(init=False, repr=False)
-
-    stateful: ClassVar[tuple[str, ...]] = ("epoch", "hedge")
-    needs_validation: ClassVar[bool] = True
+    stateful = ("epoch", "hedge")
+    needs_validation = True
 
     def check(self) -> None:
         _checks.real(0, rate=self.rate)

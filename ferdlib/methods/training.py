@@ -38,10 +38,6 @@ class TRADES(Adversarial):
 
     Attributes:
         beta: weight >= 0 of the KL term, 1/lambda in the paper.
-
-    Example:
-        >>> TRADES(num_classes=10).random_start
-        'normal'
     """
 
     beta: float = 6.0
@@ -71,12 +67,6 @@ class BAT(TRADES):
 
     Attributes:
         uniform_weight: weight >= 0 of the two terms that pull the predictions there to uniform.
-
-    Example:
-        >>> from ferdlib.models import small_cnn
-        >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
-        >>> BAT(num_classes=3).attack(small_cnn(1, 3, width=2), x, y).shape
-        torch.Size([8, 1, 8, 8])
     """
 
     uniform_weight: float = 1.0
@@ -90,21 +80,18 @@ class BAT(TRADES):
         alive = torch.ones_like(batch.y, dtype=torch.bool)
         of_rule = settings.pop("on_step")
 
-        def follow(iterate: Tensor, logits: Tensor) -> None:
+        def on_step(step: int, iterate: Tensor, logits: Tensor) -> None:
             nonlocal alive, inside, outside
             correct, shape = logits.argmax(dim=1) == batch.y, (-1, 1, 1, 1)
             outside = torch.where((alive & ~correct).view(shape), iterate.to(outside), outside)
             alive = alive & correct
             inside = torch.where(alive.view(shape), iterate.to(inside), inside)
-
-        def on_step(step: int, iterate: Tensor, logits: Tensor) -> None:
-            follow(iterate, logits)
-            if of_rule is not None:
+            if of_rule is not None and step < self.steps:
                 of_rule(step, iterate, logits)
 
         last = super().ascend(student, batch, on_step=on_step, **settings)
         # `pgd` does not evaluate its last iterate, which may be the first wrong one.
-        follow(last, teacher_logits(student, last))
+        on_step(self.steps, last, teacher_logits(student, last))
         return torch.cat([inside, torch.where(alive.view(-1, 1, 1, 1), last, outside)])
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
