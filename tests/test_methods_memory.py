@@ -34,18 +34,6 @@ def test_introspection_begins_at_epoch_60(name, preset):
         method.end_epoch()
 
 
-def test_iad_before_its_introspection_does_what_ard_does():
-    """No forward of the student on clean images, whose statistics would move BatchNorm."""
-    found, calls = [], []
-    for name in ("ard", "iad"):
-        method, student = make(name, temperature=2.0), model().train()
-        method.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
-        *_, loss = step(method, student, 0)
-        found.append((loss, *student.buffers()))
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert len(calls) == 2
-
-
 def test_a_share_of_cross_entropy():
     student = model()
     for name, t in (("ard", 5.0), ("iad", 2.0)):
@@ -55,21 +43,6 @@ def test_a_share_of_cross_entropy():
     x, y, x_adv, found = step(make("adaad", alpha=0.75), student, 0)
     expected = 0.75 * kl(TEACHER(x_adv), student(x_adv)) + 0.25 * kl(TEACHER(x), student(x))
     assert torch.allclose(found, expected)
-
-
-@pytest.mark.parametrize(("preset", "matters"), [("paper", True), ("released", False)])
-def test_clean_teacher_of_fair_mtard(preset, matters):
-    """The release computes the natural teacher's logits and never uses them."""
-    student, found = model(), []
-    for seed in (11, 12):
-        method = make("fair-mtard", preset, natural_teacher=model(seed))
-        x, _, x_adv, loss = step(method, student, 0)
-        found.append(loss)
-        assert (method.reference(x) is not None) == matters
-    assert torch.equal(*found) != matters
-    target, robust = model(12)(x) if matters else TEACHER(x_adv), TEACHER(x_adv)
-    expected = (kl(robust, student(x_adv)) + kl(target, student(x))) / (2 if matters else 2 * K)
-    assert torch.allclose(found[1], expected)
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])

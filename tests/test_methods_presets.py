@@ -1,7 +1,7 @@
 """`build_method`, `recipe` and the presets: the settings of the papers and of the releases, by name."""
 
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 
 import pytest
 from tiny_methods import K, make, model
@@ -83,39 +83,27 @@ def test_presets_are_those_of_papers_and_codes():
     assert differences("wat-trades", "paper") == BALL
 
 
-def rates(name, preset, *epochs):
-    """The learning rate in epochs that are counted from 0."""
-    r = recipe(name, preset)
-    assert (r.batch_size, r.lr, r.momentum) == (128, 0.1, 0.9)
-    return [round(r.lr * 0.1 ** sum(e >= m for m in r.milestones), 10) for e in epochs]
-
-
 def test_recipes():
-    for name in ("ard", "iad", "fair-ard", "fair-iad"):
-        assert rates(name, "paper", 99, 100, 149, 150, 199) == [0.1, 0.01, 0.01, 0.001, 0.001]
-        # The release computes its second drop from the first rate again.
-        assert rates(name, "released", 99, 100, 149, 150, 199) == [0.1, 0.01, 0.01, 0.01, 0.01]
-        assert recipe(name).epochs == recipe(name, "released").epochs == 200
-    for preset in ("paper", "released"):
-        for name in ("rslad", "mtard", "absld", "fair-rslad", "fair-mtard"):
-            found = rates(name, preset, 214, 215, 259, 260, 284, 285)
-            assert found == [0.1, 0.01, 0.01, 0.001, 0.001, 0.0001]
-            assert recipe(name, preset).epochs == 300
-        assert rates("trades", preset, 73, 74, 75) == [0.1, 0.01, 0.01]
-        assert recipe("trades", preset).epochs == 76
+    schedules = {
+        # Madry's code: drops after 40,000 and 60,000 of 80,000 steps with 128 of 50,000 images.
+        "sat": (205, tuple(round(steps * 128 / 50_000) for steps in (40_000, 60_000))),
+        "trades": (76, (74,)),
         # BAT's code has 75, 90 and 100 of 200 epochs, which it counts from 1.
-        assert rates("bat", preset, 73, 74, 88, 89, 98, 99) == [0.1, *2 * [0.01], *2 * [1e-3], 1e-4]
-        assert recipe("bat", preset).epochs == 200
-        # Madry's code has 80,000 steps of 128 of 50,000 images.
-        assert [round(m * 128 / 50_000) for m in (40_000, 60_000)] == list(recipe("sat").milestones)
-        assert rates("adaad", preset, 99, 100, 150) == [0.1, 0.01, 0.001]
-        assert recipe("adaad", preset).epochs == 200
-    every = {(name, preset): r for name, both in RECIPES.items() for preset, r in both.items()}
-    assert {name for (name, _), r in every.items() if r.nesterov} == set(FAIR)
-    assert {preset for (_, preset), r in every.items() if r.nesterov} == {"released"}
-    decays = {name.rpartition("-")[2] for (name, _), r in every.items() if r.weight_decay != 2e-4}
-    assert decays == {"adaad"}
-    assert recipe("cfa-iad") == recipe("iad")
+        "bat": (200, (74, 89, 99)),
+        **dict.fromkeys(("ard", "iad", "adaad"), (200, (100, 150))),
+        **dict.fromkeys(("rslad", "mtard", "absld"), (300, (215, 260, 285))),
+    }
+    for name, both in RECIPES.items():
+        base = name.rpartition("-")[2]
+        epochs, milestones = schedules[base]
+        paper = {"epochs": epochs, "milestones": milestones, "batch_size": 128, "lr": 0.1}
+        paper |= {"momentum": 0.9, "weight_decay": 5e-4 if base == "adaad" else 2e-4}
+        assert asdict(recipe(name)) == paper | {"nesterov": False}
+        if "released" in both:
+            # The releases of ARD and IAD compute their second drop from the first rate again.
+            once = {"milestones": (100,)} if base in ("ard", "iad") else {}
+            released = paper | once | {"nesterov": name in FAIR}
+            assert asdict(recipe(name, "released")) == released
 
 
 def test_old_names_say_what_became_of_them():

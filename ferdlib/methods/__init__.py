@@ -33,12 +33,10 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Say what became of a class of release 0.1."""
-        rule = {"GAIRARD": "GAIRAT", "FRLARD": "FRL", "FATARD": "FAT", "CFAARD": "CFA"}
-        rule |= {"FAALARD": "FAAL", "DAFAARD": "DAFA", "WATARD": "WAT"}
-        rule |= dict.fromkeys(("FairARD", "FairIAD", "FairRSLAD", "FairMTARD"), "LPS")
-        if name in rule:
-            method = name.removeprefix("Fair") if rule[name] == "LPS" else "ARD"
-            raise AttributeError(
-                f"ferdlib.methods.{name} is now {method}(..., rule=rules.{rule[name]}(...))"
-            )
-        raise AttributeError(f"module 'ferdlib.methods' has no attribute {name!r}")
+        old = {f"{rule}ARD": ("ARD", rule) for rule in ("FRL", "FAT", "CFA", "FAAL", "DAFA", "WAT")}
+        old |= {f"Fair{method}": (method, "LPS") for method in ("ARD", "IAD", "RSLAD", "MTARD")}
+        old["GAIRARD"] = ("ARD", "GAIRAT")
+        if name not in old:
+            raise AttributeError(f"module 'ferdlib.methods' has no attribute {name!r}")
+        method, rule = old[name]
+        raise AttributeError(f"ferdlib.methods.{name} is now {method}(..., rule=rules.{rule}(...))")

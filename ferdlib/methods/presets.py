@@ -42,17 +42,11 @@ _SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     **dict.fromkeys(("rslad", "mtard", "adaad", "absld"), ({}, _MEAN)),
     "ferd": ({"attack_model": "teacher", "random_start": None}, {"gamma": 0.0}),
 }
-_FAIR = ("ard", "iad", "rslad", "mtard")
-_FAIR_CODE = {"count": "correct", "clip": (5 / 6, 5 / 2)}
-
 # By name; of the pairs only Fair-ARD's four have a release, the other rules' papers train without a teacher.
 PRESETS: dict[str, dict[Preset, Mapping[str, Any]]] = {
     **{name: {"paper": paper, "released": code} for name, (paper, code) in _SETTINGS.items()},
     **{f"{rule}-{name}": {"paper": _SETTINGS[name][0]} for rule in RULES for name in METHODS},
 }
-for _name in _FAIR:
-    PRESETS[f"fair-{_name}"]["released"] = {**_SETTINGS[_name][1], **_FAIR_CODE}
-PRESETS["fair-mtard"]["released"] = {**_MEAN, **_FAIR_CODE, "clean_target": "robust"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +88,12 @@ RECIPES: dict[str, dict[Preset, Recipe]] = {
     **{name: {"paper": both[0], "released": both[-1]} for name, both in _RECIPES.items()},
     **{f"{rule}-{name}": {"paper": _RECIPES[name][0]} for rule in RULES for name in _RECIPES},
 }
-for _name in _FAIR:
+
+_FAIR_CODE = {"count": "correct", "clip": (5 / 6, 5 / 2)}
+for _name in ("ard", "iad", "rslad", "mtard"):
+    PRESETS[f"fair-{_name}"]["released"] = {**_SETTINGS[_name][1], **_FAIR_CODE}
     RECIPES[f"fair-{_name}"]["released"] = replace(_RECIPES[_name][-1], nesterov=True)
+PRESETS["fair-mtard"]["released"] = {**_MEAN, **_FAIR_CODE, "clean_target": "robust"}
 
 
 @public
