@@ -43,14 +43,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except InvalidType as error:
-            raise TypeError(f"{_name(function, args)}: {error}") from error.__cause__
-        except InvalidValue as error:
-            raise ValueError(f"{_name(function, args)}: {error}") from error.__cause__
-        except InvalidState as error:
-            raise RuntimeError(f"{_name(function, args)}: {error}") from error.__cause__
-        except MissingFile as error:
-            raise FileNotFoundError(f"{_name(function, args)}: {error}") from error.__cause__
+        except (InvalidType, InvalidValue, InvalidState, MissingFile) as error:
+            # The plain error that it derives from, which the caller's `except` and tests name.
+            plain: Any = type(error).__base__
+            raise plain(f"{_name(function, args)}: {error}") from error.__cause__
 
     # A code object of its own: torch.compile keeps at most eight programs of one, whatever it calls.
     checked.__code__ = checked.__code__.replace(co_name=function.__name__)
@@ -63,11 +59,8 @@ def _name(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
         return name
     if args and any(kind.__name__ == owner for kind in type(args[0]).__mro__):
         owner = type(args[0]).__name__
-    return (
-        owner
-        if name in ("__init__", "__post_init__", "__call__", "__getitem__", "forward")
-        else f"{owner}.{name}"
-    )
+    unnamed = name in ("__init__", "__post_init__", "__call__", "__getitem__", "forward")
+    return owner if unnamed else f"{owner}.{name}"
 
 
 def got(value: Any) -> str:
@@ -137,9 +130,8 @@ def instance(kind: type, /, **named: Any) -> None:
     article = "an" if kind.__name__[0] in "aeiouAEIOU" else "a"
     for name, value in named.items():
         if not isinstance(value, kind):
-            raise InvalidType(
-                f"expected `{name}` to be {article} {kind.__name__}, got {got(value)}"
-            )
+            wanted = f"{article} {kind.__name__}"
+            raise InvalidType(f"expected `{name}` to be {wanted}, got {got(value)}")
 
 
 def callable_(**named: Any) -> None:
@@ -149,18 +141,21 @@ def callable_(**named: Any) -> None:
             raise InvalidType(f"expected `{name}` to be callable, got {got(value)}")
 
 
+def callable_or_none(**named: Any) -> None:
+    """Callables, or None."""
+    callable_(**{name: value for name, value in named.items() if value is not None})
+
+
 def pair(low: float = -math.inf, /, **named: Any) -> None:
     """Pairs of numbers from `low` on, the second no smaller than the first."""
     for name, value in named.items():
-        if not isinstance(value, (tuple, list)):
-            raise InvalidType(f"expected `{name}` to be a pair (low, high), got {got(value)}")
-        if len(value) != 2:
-            raise InvalidValue(f"expected `{name}` to be a pair (low, high), got {got(value)}")
-        real(low, **{f"{name}[{i}]": each for i, each in enumerate(value)})
+        sequence = isinstance(value, (tuple, list))
+        if not sequence or len(value) != 2:
+            kind = InvalidValue if sequence else InvalidType
+            raise kind(f"expected `{name}` to be a pair (low, high), got {got(value)}")
+        real(low, **{f"{name}[0]": value[0], f"{name}[1]": value[1]})
         if value[0] > value[1]:
-            raise InvalidValue(
-                f"expected `{name}` with low <= high, got ({value[0]:g}, {value[1]:g})"
-            )
+            raise InvalidValue(f"expected `{name}` with low <= high, got {got(value)}")
 
 
 def strings(count: int | None = None, /, **named: Any) -> None:
