@@ -72,12 +72,8 @@ def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: i
     losses of 0, so that equal losses are penalised. Added to the mean loss with a factor a, it is as if
     class c weighed $n_c / N + 2 a (l_c - \bar l) / (C - 1)$ (at ddof 1).
 
-    Args:
-        values: losses `(N,)`.
-        ddof: an int >= 0; 1, as in the release, is the sample variance.
-
-    Returns:
-        A scalar with its graph; 0 if no more than `ddof` classes are present.
+    Takes losses `(N,)`; `ddof` >= 0 is 1 in the release, the sample variance. Returns a scalar with its
+    graph; 0 if no more than `ddof` classes are present.
 
     Example:
         >>> values, targets = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
@@ -96,10 +92,8 @@ def class_variance(values: Tensor, targets: Tensor, *, num_classes: int, ddof: i
     # Selected, not multiplied: a NaN stays in its own class.
     means = torch.where(member, values[:, None], 0.0).sum(dim=0) / counts.clamp(min=1)
     classes = (counts > 0).sum()
-    squares = (
-        torch.where(counts > 0, means - means.sum() / classes.clamp(min=1), 0.0).square().sum()
-    )
-    freedom = classes - ddof
+    gaps = torch.where(counts > 0, means - means.sum() / classes.clamp(min=1), 0.0)
+    squares, freedom = gaps.square().sum(), classes - ddof
     # Nothing here reads a value on the host, which would stall an accelerator at every step.
     return torch.where(freedom > 0, squares / freedom.clamp(min=1), 0.0)
 
@@ -152,32 +146,23 @@ class MTARDBalance:
         _checks.scalar(adv_loss=adv_loss, clean_loss=clean_loss)
         # A schedule may have set it.
         _checks.real(0, 1, rate=self.rate)
-        now = torch.stack(
-            [loss.detach().to(adv_loss.device).double() for loss in (adv_loss, clean_loss)]
-        )
+        now = torch.stack([adv_loss.double(), clean_loss.to(adv_loss.device).double()]).detach()
         if not len(self.initial_losses):
             if not bool((now.isfinite() & (now > 0)).all()):
-                raise InvalidValue(
-                    "expected finite `adv_loss` and `clean_loss` > 0 at the first update, which later "
-                    f"ones are divided by, got {now.tolist()}"
-                )
+                wanted = "finite `adv_loss` and `clean_loss` > 0 at the first update"
+                raise InvalidValue(f"expected {wanted}, got {now.tolist()}")
             self.initial_losses = now
         # A divergence of 0 may round to just below it, and a power of that be nan.
-        relative = now.clamp(min=0) / self.initial_losses.to(now)
-        powers = relative**self.exponent
-        total = powers.sum()
-        w = self.clean_weight.to(now)
+        powers = (now.clamp(min=0) / self.initial_losses.to(now)) ** self.exponent
+        total, w = powers.sum(), self.clean_weight.to(now)
         share = torch.where(total.isfinite() & (total > 0), powers[1] / total, w)
         self.clean_weight = w - self.rate * (w - share)
         return self.adv_weight, self.clean_weight
 
     def state_dict(self) -> dict[str, Any]:
         """Two tensors and the rate: all that continuing needs."""
-        return {
-            "clean_weight": self.clean_weight.clone(),
-            "initial_losses": self.initial_losses.clone(),
-            "rate": self.rate,
-        }
+        weight, initial = self.clean_weight.clone(), self.initial_losses.clone()
+        return {"clean_weight": weight, "initial_losses": initial, "rate": self.rate}
 
     @public
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,8 +172,8 @@ class MTARDBalance:
         _checks.floating(initial_losses=(initial := state["initial_losses"]))
         _checks.real(0, 1, rate=state["rate"])
         if initial.shape not in ((0,), (2,)):
-            shape = tuple(initial.shape)
-            raise InvalidValue(f"expected `initial_losses` of shape (0,) or (2,), got {shape}")
+            came = tuple(initial.shape)
+            raise InvalidValue(f"expected `initial_losses` of shape (0,) or (2,), got {came}")
         self.rate = state["rate"]
         self.clean_weight = state["clean_weight"].detach().double().clone()
         self.initial_losses = initial.detach().double().clone()

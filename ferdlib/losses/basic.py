@@ -1,4 +1,4 @@
-"""Cross-entropy, divergences and margins; errors as the package says."""
+"""Cross-entropy, divergences and margins; shapes and errors as the package says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ferdlib.losses import _kernels
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Cross-entropy, $-\log \mathrm{softmax}(z)_y$.
 
-    Takes logits `(N, K)` and labels `(N,)`; returns `(N,)`, in nats, at least 0.
+    In nats, at least 0.
 
     Example:
         >>> import torch
@@ -30,9 +30,8 @@ def kl_divergence(
 ) -> Tensor:
     r"""Kullback-Leibler divergence, $KL(p \| q) = \sum_c p_c (\log p_c - \log q_c)$.
 
-    With $p = \mathrm{softmax}(z_p / T)$ and $q = \mathrm{softmax}(z_q / T)$. The sum runs over
-    classes, and there is no factor T²: multiply by it where a method asks for it. Takes logits `(N, K)`;
-    returns `(N,)`, in nats, at least 0 up to rounding.
+    With $p = \mathrm{softmax}(z_p / T)$ and $q = \mathrm{softmax}(z_q / T)$. In nats, at least 0 up to
+    rounding. There is no factor T²: multiply by it where a method asks for it.
 
     Args:
         p_logits: the reference.
@@ -54,9 +53,8 @@ def kl_divergence(
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Adversarial margin, $m = z_y - \max_{j \ne y} z_j$ (FERD Eq. 1).
 
-    Negative where the sample is misclassified. The label is masked with $-\infty$, so the largest
-    other logit is right for negative logits too. Takes logits `(N, K)` and labels `(N,)`; returns
-    `(N,)`, in units of the logits.
+    In units of the logits; negative where the sample is misclassified. The label is masked with $-\infty$,
+    so the largest other logit is right for negative logits too.
 
     Example:
         >>> import torch
@@ -70,9 +68,8 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
 def cw_margin(logits: Tensor, targets: Tensor, *, confidence: float = 50.0) -> Tensor:
     r"""Carlini-Wagner objective to be *ascended*, $-\max(m + \kappa, 0)$ with `margin` m.
 
-    An attack gains until the best other logit leads by $\kappa$. At the default 50 the clamp
+    At most 0: an attack gains until the best other logit leads by $\kappa$. At the default 50 the clamp
     practically never bites, and the objective is the plain margin, as in the ARD evaluation codes.
-    Takes logits `(N, K)` and labels `(N,)`; returns `(N,)`, at most 0.
 
     Args:
         confidence: $\kappa \ge 0$, in units of the logits.
@@ -91,8 +88,7 @@ def cw_margin(logits: Tensor, targets: Tensor, *, confidence: float = 50.0) -> T
 def uniformity(logits: Tensor) -> Tensor:
     r"""Distance from the uniform distribution, $KL(U \| p) = -\log K - \frac1K \sum_c \log p_c$ (FERD Eq. 7).
 
-    Takes logits `(N, K)`; returns `(N,)`, in nats, 0 for equal logits, unbounded above. Its gradient with
-    respect to the logits is $p - U$.
+    In nats, 0 for equal logits, unbounded above. Its gradient with respect to the logits is $p - U$.
 
     Example:
         >>> import torch
@@ -107,7 +103,7 @@ def uniformity(logits: Tensor) -> Tensor:
 def confidence_penalty(logits: Tensor) -> Tensor:
     r"""Confidence penalty, $KL(p \| U) = \log K - H(p)$ (the regulariser of BAT).
 
-    Takes logits `(N, K)`; returns `(N,)`, in nats, between 0 (uniform) and log K (certain).
+    In nats, between 0 (uniform) and log K (certain).
 
     Example:
         >>> import torch
@@ -133,7 +129,7 @@ def decoupled_kl(
       - b \sum_c \bar p^T_c \log p^S_c, \qquad \Delta_{jk} = z_j - z_k$$
 
     with $w = \mathrm{softmax}(z^T / T_w)$ and $\bar p^T$ the teacher's probabilities without
-    gradient. Takes logits `(N, K)`; returns `(N,)`, at least 0. As a distance to *grow* it is unbounded.
+    gradient. At least 0; as a distance to *grow* it is unbounded.
 
     Args:
         teacher_logits: gradients flow through the first term only.

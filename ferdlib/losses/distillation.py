@@ -6,6 +6,8 @@ $a / \tau$ and $b / \tau$. All logits are float `(N, K)` of one shape, targets i
 Gradients flow into every argument of the student's; the teachers' are constants, except in
 `distillation` itself. A loss returns `(N,)`, in nats; take the mean. Errors as the package says.
 
+`temperature` $\tau$ > 0 is a number or one per sample `(N,)`, without a factor $\tau^2$ that is not in the
+equation; `alpha` $\alpha$ and `adv_weight` w are in [0, 1], all other weights and exponents >= 0.
 `kl_weight` >= 0 multiplies every divergence and nothing else. A divergence is summed over classes
 here; the releases of ARD, RSLAD, MTARD, ABSLD and AdaAD (on CIFAR-10) take `KLDivLoss()`'s default
 mean, over samples *and* classes, which is `kl_weight=1 / K`. Those of IAD and TRADES sum: 1.
@@ -33,7 +35,6 @@ def distillation(
     Args:
         logits: those of the model that is trained or attacked.
         reference_logits: the teacher's. Gradients flow into both; detach a constant one.
-        temperature: T > 0, a number or one per sample `(N,)`; no factor T² is applied.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
@@ -58,15 +59,13 @@ def trades(
 
     The gradient flows through both arguments of the divergence, as in the release.
 
-    Args:
-        beta: >= 0; `kl_weight` is one more factor beside it.
-
     Example:
         >>> clean, adv = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
         >>> trades(clean, adv, torch.tensor([0]))  # log 2 + 6 * 0.1438
         tensor([1.5562])
     """
-    clean, adv = _logits(student_clean=student_clean, student_adv=student_adv, targets=targets)
+    clean, adv = _logits(student_clean=student_clean, student_adv=student_adv)
+    _checks.labels(targets=targets, like=adv, num_classes=adv.shape[1])
     _checks.real(0, beta=beta, kl_weight=kl_weight)
     return cross_entropy(clean, targets) + beta * kl_weight * kl(clean, adv)
 
@@ -90,8 +89,6 @@ def ard(
 
     Args:
         student_clean: may be None at alpha = 1, where the clean images are not needed.
-        temperature: $\tau > 0$, a number or one per sample `(N,)`.
-        alpha: in [0, 1].
 
     Example:
         >>> flat, teacher = torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]).log()
@@ -102,11 +99,9 @@ def ard(
         # A stand-in, weighed by 0.
         student_clean = student_adv
     clean, adv, teacher = _logits(
-        student_clean=student_clean,
-        student_adv=student_adv,
-        teacher_clean=teacher_clean,
-        targets=targets,
+        student_clean=student_clean, student_adv=student_adv, teacher_clean=teacher_clean
     )
+    _checks.labels(targets=targets, like=adv, num_classes=adv.shape[1])
     _checks.real(0, 1, alpha=alpha)
     _checks.real(0, kl_weight=kl_weight)
     t = _checks.per_sample("temperature", temperature, adv, above_zero=True)
@@ -128,9 +123,6 @@ def rslad(
     FERD's Eq. 11 turns the two weights around. The release has `kl_weight=1 / K`, ten times that on
     CIFAR-100, and 1e-5 added to the teacher's probabilities inside the logarithm, which nothing
     here needs.
-
-    Args:
-        adv_weight: w in [0, 1].
 
     Example:
         >>> teacher = torch.tensor([[3.0, 1.0]]).log()
@@ -172,9 +164,7 @@ def iad(
     Args:
         student_clean: may be None without introspection at alpha = 1, where it is not needed.
         teacher_adv: may be None without introspection.
-        temperature: $\tau > 0$, a number or one per sample `(N,)`.
-        alpha: in [0, 1].
-        exponent: b >= 0.
+        exponent: b.
         introspection: False leaves the middle term out, as the release does in its first 60 epochs.
         detach_student: True makes S(x) a constant in the middle term.
         weigh_teacher: True multiplies the first divergence by A, where there is introspection.
@@ -193,8 +183,8 @@ def iad(
         student_adv=student_adv,
         teacher_clean=teacher_clean,
         teacher_adv=teacher_adv,
-        targets=targets,
     )
+    _checks.labels(targets=targets, like=adv, num_classes=adv.shape[1])
     _checks.real(0, 1, alpha=alpha)
     _checks.real(0, exponent=exponent, kl_weight=kl_weight)
     t = _checks.per_sample("temperature", temperature, adv, above_zero=True)
@@ -223,13 +213,10 @@ def adaad(
 ) -> Tensor:
     r"""AdaAD, $\alpha KL_\tau(T(\tilde x) \| S(\tilde x)) + (1 - \alpha) KL_\tau(T(x) \| S(x))$.
 
-    There is no factor $\tau^2$; the release has $\tau = 1$, and `kl_weight=1 / K` on CIFAR-10, 1 on
-    CIFAR-100.
+    The release has $\tau = 1$, and `kl_weight=1 / K` on CIFAR-10, 1 on CIFAR-100.
 
     Args:
         student_clean, teacher_clean: may both be None at alpha = 1, where the clean images are not needed.
-        alpha: in [0, 1].
-        temperature: $\tau > 0$, a number or one per sample `(N,)`.
 
     Example:
         >>> flat, z = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
@@ -265,14 +252,12 @@ def absld(
 ) -> Tensor:
     r"""ABSLD, $w \, KL(T(x) / \tau_{adv} \| S(\tilde x)) + (1 - w) KL(T(x) / \tau_{nat} \| S(x))$.
 
-    Only the teacher is tempered, and there is no factor $\tau^2$. The release divides one storage in
+    Only the teacher is tempered. The release divides one storage in
     place by both temperatures, so that each of its terms has $\tau_{adv} \tau_{nat}$; here each has
     its own, and the logits stay as they are. It has `kl_weight=1 / K`.
 
     Args:
-        adv_temperature, clean_temperature: > 0, a number or one per sample `(N,)`: the class
-            temperatures of `class_temperatures`, taken as `tau[targets]`.
-        adv_weight: w in [0, 1].
+        adv_temperature, clean_temperature: those of `class_temperatures`, taken as `tau[targets]`.
 
     Example:
         >>> teacher = torch.tensor([[9.0, 1.0]]).log()
@@ -353,7 +338,7 @@ def bat(
         student_last_correct: the student on $x_{lc}$, the attack's last iterate with the right label.
         student_first_wrong: the student on $x_{fa}$, its first iterate with a wrong one, or its last
             iterate if none is wrong; the release takes one more step after it.
-        beta, uniform_weight: $\beta$ and u, >= 0.
+        beta, uniform_weight: $\beta$ and u.
 
     Example:
         >>> flat, z = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
@@ -364,21 +349,15 @@ def bat(
         student_clean=student_clean,
         student_last_correct=student_last_correct,
         student_first_wrong=student_first_wrong,
-        targets=targets,
     )
+    _checks.labels(targets=targets, like=inside, num_classes=inside.shape[1])
     _checks.real(0, beta=beta, uniform_weight=uniform_weight)
     uniform = confidence_penalty(inside) + confidence_penalty(outside)
     return cross_entropy(inside, targets) + beta * kl(clean, outside) + uniform_weight * uniform
 
 
 def _logits(**named: Tensor | None) -> list[Tensor]:
-    """Return logits of one shape in float32 or wider, the teachers' as constants; check `targets` too."""
+    """Return logits of one shape in float32 or wider, the teachers' as constants."""
     # A parameter's name says whose logits it has.
-    names = [name for name in named if name != "targets"]
-    logits = _checks.logits(**{name: named[name] for name in names})
-    if "targets" in named:
-        k = logits[0].shape[1]
-        _checks.labels(targets=named["targets"], like=logits[0], num_classes=k)
-    return [
-        z if n.startswith("student") else z.detach() for n, z in zip(names, logits, strict=True)
-    ]
+    logits = zip(named, _checks.logits(**named), strict=True)
+    return [z if name.startswith("student") else z.detach() for name, z in logits]

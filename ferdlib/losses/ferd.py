@@ -37,9 +37,7 @@ class BatchNormStatistics:
         reduce: sums a tensor over processes, with gradients: the statistics are then those of all
             processes' batches together, and every process must run the forward.
 
-    Raises:
-        TypeError: `model` is not a module, or `reduce` not callable.
-        ValueError: no BatchNorm layer, or one without running statistics (it is named).
+    Raises: as the package says, and ValueError without a BatchNorm layer, or for one without statistics.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(2)).eval()  # remembers mean 0, variance 1
@@ -52,17 +50,13 @@ class BatchNormStatistics:
     @public
     def __init__(self, model: nn.Module, *, reduce: Reduce | None = None) -> None:
         _checks.module(model=model)
-        if reduce is not None:
-            _checks.callable_(reduce=reduce)
+        _checks.callable_or_none(reduce=reduce)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
         if not layers:
             kind = type(model).__name__
             raise InvalidValue(f"expected `model` to have BatchNorm layers, got {kind} without any")
-        for name, layer in layers.items():
-            if layer.running_mean is None:
-                raise InvalidValue(
-                    f"expected `model` to track running statistics, got none in {name!r}"
-                )
+        if bare := [name for name, layer in layers.items() if layer.running_mean is None]:
+            raise InvalidValue(f"expected `model` to track statistics, got none in {bare[0]!r}")
         self._model, self._layers, self._reduce = model, list(layers.values()), reduce
         self._seen: dict[nn.Module, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -92,11 +86,7 @@ class BatchNormStatistics:
 
     @public
     def loss(self) -> Tensor:
-        """$L_{bn}$ of the last forward inside the block, a scalar with its graph.
-
-        Raises:
-            RuntimeError: no BatchNorm layer has fired inside the block.
-        """
+        """$L_{bn}$ of the last forward inside the block, a scalar; RuntimeError if there was none."""
         if not self._seen:
             raise InvalidState(
                 "expected a forward inside the `with` block, got none through a BatchNorm"
@@ -121,7 +111,7 @@ def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
 
     $$\mathbb 1[\arg\max z = \arg\max z_{ref}] \, KL(p_{ref} \| p)$$
 
-    The student's logits come first. In nats, `(N,)`. Errors as the package says.
+    The student's logits come first. In nats.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -168,8 +158,6 @@ def ferd_generator_loss(
         The weighted total, and the four unweighted parts by name: `adversarial` (at most 0 for a
         KL), `batchnorm`, `onehot`, `uniformity`. All are scalars with their graph.
 
-    Raises: as the package says.
-
     Example:
         >>> z, y = torch.zeros(3, 2), torch.tensor([0, 1, 1])
         >>> total, parts = ferd_generator_loss(z, z, y, z, torch.tensor(0.1))
@@ -185,14 +173,13 @@ def ferd_generator_loss(
     _checks.real(0, adv_weight=adv_weight, bn_weight=bn_weight)
     _checks.real(0, onehot_weight=onehot_weight, uniformity_weight=uniformity_weight)
     _checks.callable_(divergence=divergence)
+    uniform = _kernels.uniformity(nonrobust[0]).mean() if nonrobust else teacher.new_zeros(())
     parts = {
         # Minus, for the generator looks for images on which the student differs from its teacher.
         "adversarial": -divergence(student, teacher).mean(),
         "batchnorm": batchnorm_loss,
         "onehot": _kernels.cross_entropy(teacher, targets).mean(),
-        "uniformity": (
-            _kernels.uniformity(nonrobust[0]).mean() if nonrobust else teacher.new_zeros(())
-        ),
+        "uniformity": uniform,
     }
     weights = (adv_weight, bn_weight, onehot_weight, uniformity_weight)
     weighted = [w * part for w, part in zip(weights, parts.values(), strict=True)]
@@ -213,10 +200,9 @@ def ferd_distillation_loss(
     $$\lambda_1 KL(f^T(x) \| f^S(x)) + \lambda_2 KL(f^T(x) \| f^S(x_U))$$
 
     The paper and its release weigh the clean term by 5/6; RSLAD, where the numbers come from, gives
-    5/6 to the adversarial one. In nats, `(N,)`; take the mean for Eq. 11. Errors as the package says.
+    5/6 to the adversarial one. In nats; take the mean for Eq. 11.
 
     Args:
-        student_clean, student_adv: the student on the images and on their adversarial examples.
         teacher_clean: the teacher on the images; no gradient flows into it.
         clean_weight, adv_weight: $\lambda_1, \lambda_2 \ge 0$.
 
