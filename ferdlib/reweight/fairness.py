@@ -156,10 +156,8 @@ def confusion_weights(confusion_probabilities: Tensor, *, strength: float = 1.0)
             weight 1 and exchanges nothing.
         strength: $\lambda \ge 0$; 1, and 1.5 for CIFAR-100 and STL-10.
 
-    Raises:
-        ValueError: a strength at which a class would get a weight of 0 or less, too. It would unlearn
-            its examples, and its attack would have no radius; cutting the weight off would hide
-            that, and move the mean.
+    Raises: as the package says, and ValueError for a strength that gives a class a weight of 0 or less: it
+        would unlearn its examples, and cutting the weight off would hide that, and move the mean.
 
     Example:
         >>> confusion_weights(torch.tensor([[0.5, 0.5], [0.2, 0.8]]))  # 0.5 * 0.8 goes to class 0
@@ -174,10 +172,9 @@ def confusion_weights(confusion_probabilities: Tensor, *, strength: float = 1.0)
     w = 1 + strength * change
     if bool((w <= 0).any()):
         c = int(w.argmin())
-        raise InvalidValue(
-            f"expected `strength` below {-1 / float(change[c]):.4g} for these probabilities, got "
-            f"{strength:g}, which gives class {c} the weight {float(w[c]):.4g}; lower it"
-        )
+        limit = f"{-1 / float(change[c]):.4g} for these probabilities"
+        came = f"{strength:g}, which gives class {c} the weight {float(w[c]):.4g}"
+        raise InvalidValue(f"expected `strength` below {limit}, got {came}; lower it")
     return w.to(confusion_probabilities.dtype)
 
 
@@ -198,8 +195,6 @@ def _distributions(confusion_probabilities: Tensor) -> Tensor:
     fine = (p >= 0).all(dim=1) & ((p.sum(dim=1) - 1).abs() <= 2e-3) | p.isnan().all(dim=1)
     if not bool(fine.all()):
         row = int((~fine).nonzero()[0])
-        raise InvalidValue(
-            f"expected rows of `{name}` that are >= 0 and sum to 1 (or nan for an absent class), got "
-            f"{p[row].tolist()} in row {row}; divide sums by the class's count"
-        )
+        came = f"{p[row].tolist()} in row {row}; divide sums by the class's count"
+        raise InvalidValue(f"expected rows of `{name}` >= 0 that sum to 1 (or nan), got {came}")
     return p

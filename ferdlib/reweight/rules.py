@@ -20,7 +20,7 @@ def margin_softmax(
     r"""FERD's class probabilities, $p = \mathrm{softmax}(D / T)$, $D_c = -\bar m_c$ (Eq. 1-2).
 
     A floor $\phi$ in [0, 1/K) makes them $(1 - K \phi) p + \phi$: none below $\phi$. Uniform if all
-    margins are equal, or all classes absent. Raises as the package says.
+    margins are equal, or all classes absent.
 
     Args:
         class_margins: class means of `losses.margin`, `(K,)`.
@@ -45,7 +45,7 @@ def margin_minmax(class_margins: Tensor, *, low: float = 0.05, high: float = 0.2
     r"""FERD's released rule: $D = -\bar m$ mapped linearly onto [low, high], over its sum.
 
     No class is drawn more than high/low times as often as another; at K = 10 none exceeds 0.3077.
-    Uniform if all margins are equal, or all classes absent. Raises as the package says.
+    Uniform if all margins are equal, or all classes absent.
 
     Args:
         class_margins: class means of `losses.margin`, `(K,)`.
@@ -69,7 +69,7 @@ def margin_minmax(class_margins: Tensor, *, low: float = 0.05, high: float = 0.2
 def lps_power(kappa: Tensor, *, beta: float = 2.0, guard: float = 1e-5) -> Tensor:
     r"""Fair-ARD's weights, $\omega_c \propto (\kappa_c + \text{guard})^{-\beta}$ of mean 1 (Eq. 7, FERD Eq. 25).
 
-    Fair-ARD's release clips it: `normalize(w, clip=(5 / 6, 5 / 2))`. Raises as the package says.
+    Fair-ARD's release clips it: `normalize(w, clip=(5 / 6, 5 / 2))`.
 
     Args:
         kappa: class means of the least PGD steps (Fair-ARD Eq. 5-6, FERD Eq. 24), `(K,)`, >= 0.
@@ -93,7 +93,7 @@ def lps_linear(kappa: Tensor, steps: int) -> Tensor:
     r"""Linear weights, $\omega_c \propto 1 - \kappa_c / (\text{steps} + 1)$ of mean 1 (FERD Eq. 26).
 
     Args:
-        kappa: as for `lps_power`, and <= steps. Raises as the package says.
+        kappa: as for `lps_power`, and <= steps.
         steps: >= 1, those of the attack that was counted.
 
     Example:
@@ -108,7 +108,7 @@ def lps_linear(kappa: Tensor, steps: int) -> Tensor:
 def lps_sigmoid(kappa: Tensor, steps: int, *, shift: float = 0.0) -> Tensor:
     r"""Sigmoid weights, $\omega_c \propto \sigma(\lambda + 5 (1 - 2 \kappa_c / K))$ of mean 1 (FERD Eq. 27).
 
-    Args, Raises: as for `lps_linear`; K is `steps`, and `shift` $\lambda$, any finite number.
+    Args as for `lps_linear`; K is `steps`, and `shift` $\lambda$, any finite number.
 
     Example:
         >>> lps_sigmoid(torch.tensor([5.0, 10.0]), steps=10)  # (1/2, 0.0067) over their mean
@@ -122,7 +122,7 @@ def lps_sigmoid(kappa: Tensor, steps: int, *, shift: float = 0.0) -> Tensor:
 def lps_tanh(kappa: Tensor, steps: int, *, shift: float = 0.0) -> Tensor:
     r"""Tanh weights, $\omega_c \propto (1 + \tanh(\lambda + 5 (1 - 2 \kappa_c / K))) / 2$ of mean 1 (FERD Eq. 28).
 
-    Args, Raises: as for `lps_sigmoid`.
+    Args as for `lps_sigmoid`.
 
     Example:
         >>> lps_tanh(torch.tensor([5.0, 6.0]), steps=10)  # (1/2, 0.1192) over their mean
@@ -143,10 +143,6 @@ def normalize(
         w: float `(K,)`, finite, >= 0, not all 0.
         clip: (low, high), 0 <= low <= high, applied last and *not* renormalised: the mean is then
             no longer 1. Fair-ARD's release has (5/6, 5/2).
-
-    Raises:
-        TypeError: weights that are not float, a clip other than a pair of numbers.
-        ValueError: a wrong shape, weights or bounds out of range, another `to`.
 
     Example:
         >>> normalize(torch.tensor([1.0, 3.0, 0.0, 4.0]), clip=(5 / 6, 5 / 2))

@@ -138,9 +138,8 @@ class ClassWeights(ClassMean):
         if not isinstance(w, Tensor) or not w.is_floating_point():
             raise InvalidType(f"expected `rule` to return a float tensor, got {_checks.got(w)}")
         if w.shape != (k,) or not bool((w.isfinite() & (w >= 0)).all()):
-            raise InvalidValue(
-                f"expected `rule` to return {k} finite values >= 0, got {w.tolist()}"
-            )
+            wanted = f"{k} finite values >= 0"
+            raise InvalidValue(f"expected `rule` to return {wanted}, got {w.tolist()}")
         self.weights = w.detach().double().clone()
         self.reset()
 
