@@ -1,6 +1,7 @@
 """Non-robust channels of a feature map: FERD's use of Kim et al.'s information bottleneck.
 
-Split a model in two, learn how much noise each channel bears, and mask the channels that bear little.
+Split a model in two, learn how much noise each channel bears, and mask the channels that bear little. All
+raise TypeError for other types and dtypes, ValueError for other shapes, names and numbers out of range.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
         `(features, head)`: images to the layer's output, and the layer's output to logits.
 
     Raises:
-        TypeError, ValueError: no module, or one that cannot be traced; no such layer, one that the forward
-            does not use exactly once, or one that a skip connection bypasses.
+        ValueError: a model that cannot be traced; no such layer, one that the forward does not use exactly
+            once, or one that a skip connection bypasses.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten())
@@ -56,25 +57,19 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
     _checks.instance(str, layer_name=layer_name)
     names = [name for name, _ in model.named_modules() if name]
     if layer_name not in names:
-        known = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-        raise InvalidValue(
-            f"expected `layer_name` of the model, got {layer_name!r}; there are {known}"
-        )
+        came = f"{layer_name!r}; there are {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        raise InvalidValue(f"expected `layer_name` of the model, got {came}")
     try:
         # In eval mode, because what a functional dropout reads from `training` is traced as a constant.
         with borrowed(model, freeze=False):
             graph = _Tracer(layer_name).trace(model)
     except Exception as error:
-        came = f"{type(model).__name__}, which fails with: {error}"
-        raise InvalidValue(
-            f"expected `model` to be traceable by torch.fx, got {came}; pass your own (features, head) pair"
-        ) from error
+        came = f"{type(model).__name__}: {error}; pass your own (features, head) pair"
+        raise InvalidValue(f"expected `model` to be traceable by torch.fx, got {came}") from error
     cuts = [n for n in graph.nodes if n.op == "call_module" and n.target == layer_name]
     if len(cuts) != 1:
-        times = len(cuts)
-        raise InvalidValue(
-            f"expected `layer_name` {layer_name!r} to run once in a forward, got {times}"
-        )
+        wanted = f"{layer_name!r} to run once in a forward"
+        raise InvalidValue(f"expected `layer_name` {wanted}, got {len(cuts)}")
     return _cut(model, graph, cuts[0])
 
 
@@ -96,16 +91,14 @@ class _Tracer(fx.Tracer):
 def _cut(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> tuple[nn.Module, nn.Module]:
     """Copy the nodes up to the cut into one graph, and those behind it into another."""
     front, back = fx.Graph(), fx.Graph()
-    part, copies = front, dict[fx.Node, fx.Node]()
+    part, copies, layer = front, dict[fx.Node, fx.Node](), cut.target
     for node in graph.nodes:
         for argument in node.all_input_nodes:
             # Behind the cut, a weight may be read again; anything else that is computed before is a bypass.
             if argument not in copies:
                 if argument.op != "get_attr":
-                    raise InvalidValue(
-                        f"expected `layer_name` {cut.target!r} on every path, got a connection from "
-                        f"{argument.name!r} around it"
-                    )
+                    came = f"a connection from {argument.name!r} around it"
+                    raise InvalidValue(f"expected `layer_name` {layer!r} on every path, got {came}")
                 copies[argument] = part.node_copy(argument)
         copies[node] = part.node_copy(node, copies.__getitem__)
         if node is cut:
@@ -169,7 +162,6 @@ def noise_scale(
         $\sigma$, `(N, C)`, positive, in units of the features.
 
     Raises:
-        TypeError, ValueError: wrong dtypes or shapes, a single spatial position, numbers out of range.
         RuntimeError: the objective became NaN or infinite.
 
     Example:
@@ -237,9 +229,6 @@ def nonrobust_channels(
     Returns:
         bool `(N, C)`, True where non-robust; `.float().mean()` is the non-robust fraction.
 
-    Raises:
-        TypeError, ValueError: wrong dtypes or shapes, a single spatial position, an unknown threshold.
-
     Example:
         >>> z = torch.tensor([[[[0.0, 2.0]], [[0.0, 4.0]]]])  # variances 2 and 8
         >>> sigma = torch.tensor([[2.0, 2.0]])  # squares 4 and 4
@@ -262,18 +251,12 @@ def nonrobust_channels(
 def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
     r"""Prediction of the non-robust features alone, $f_{l+}(i_{nr} \cdot Z)$ (FERD Eq. 7's argument).
 
-    Gradients flow into the features; the mask is a constant.
+    Logits `(N, K)`. Gradients flow into the features; the mask is a constant.
 
     Args:
         features: Z, float `(N, C, H, W)`.
         head: maps features to logits `(N, K)`, called in the mode that it is in.
         mask: bool `(N, C)` of `nonrobust_channels`.
-
-    Returns:
-        Logits `(N, K)`.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes or shapes.
 
     Example:
         >>> z, mask = torch.ones(1, 2, 2, 2), torch.tensor([[True, False]])
@@ -293,18 +276,17 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
 def _feature_map(features: Tensor) -> Tensor:
     """Checked features in float32 or wider."""
     _checks.images(features=features)
+    # Eq. 5 and 6 take the variance over positions.
     if not len(features) or features[0, 0].numel() < 2:
-        raise InvalidValue(
-            f"expected `features` with samples, and positions whose variance Eq. 5 and 6 take, got "
-            f"{tuple(features.shape)}; cut at an earlier layer"
-        )
+        came = f"{tuple(features.shape)}; cut at an earlier layer"
+        raise InvalidValue(f"expected `features` with samples and several positions, got {came}")
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _one_per_channel(features: Tensor, **named: Tensor) -> None:
+    shape = tuple(features.shape[:2])
     for name, value in named.items():
-        if value.shape != features.shape[:2]:
-            shape = tuple(features.shape[:2])
+        if value.shape != shape:
             raise InvalidValue(f"expected `{name}` of shape {shape}, got {tuple(value.shape)}")
 
 
