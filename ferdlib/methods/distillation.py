@@ -46,8 +46,16 @@ class ARD(Distilled):
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         adv = student(batch.x_adv)
         clean = student(batch.x) if self.alpha < 1 else None
-        weights = _checks.named(self, "temperature", "alpha", "kl_weight")
-        return losses.ard(clean, adv, batch.reference, batch.y, **weights), adv
+        loss = losses.ard(
+            clean,
+            adv,
+            batch.reference,
+            batch.y,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            kl_weight=self.kl_weight,
+        )
+        return loss, adv
 
 
 @dataclass(kw_only=True)
@@ -82,9 +90,19 @@ class IAD(ARD):
             return super().terms(student, batch)
         clean, adv = student(batch.x), student(batch.x_adv)
         guide = teacher_logits(self.teacher, batch.x_adv)
-        own = ("temperature", "alpha", "kl_weight", "exponent", "weigh_teacher")
-        settings = _checks.named(self, *own)
-        return losses.iad(clean, adv, batch.reference, guide, batch.y, **settings), adv
+        loss = losses.iad(
+            clean,
+            adv,
+            batch.reference,
+            guide,
+            batch.y,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            exponent=self.exponent,
+            weigh_teacher=self.weigh_teacher,
+            kl_weight=self.kl_weight,
+        )
+        return loss, adv
 
 
 @dataclass(kw_only=True)
@@ -108,7 +126,7 @@ class RSLAD(Distilled):
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         clean, adv = student(batch.x), student(batch.x_adv)
-        weights = _checks.named(self, "adv_weight", "kl_weight")
+        weights = {"adv_weight": self.adv_weight, "kl_weight": self.kl_weight}
         return losses.rslad(clean, adv, batch.reference, **weights), adv
 
 
@@ -203,7 +221,7 @@ class AdaAD(Distilled):
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         clean, reference = (student(batch.x), batch.reference) if self.alpha < 1 else (None, None)
         adv, teacher_adv = student(batch.x_adv), teacher_logits(self.teacher, batch.x_adv)
-        weights = _checks.named(self, "alpha", "kl_weight")
+        weights = {"alpha": self.alpha, "kl_weight": self.kl_weight}
         return losses.adaad(clean, adv, reference, teacher_adv, **weights), adv
 
 
@@ -247,10 +265,16 @@ class ABSLD(RSLAD):
         with torch.no_grad():
             self.adv_losses.update(losses.cross_entropy(adv, batch.y), batch.y)
             self.clean_losses.update(losses.cross_entropy(clean, batch.y), batch.y)
-        settings = _checks.named(self, "adv_weight", "kl_weight")
-        settings["adv_temperature"] = self.adv_temperatures.to(batch.reference)[batch.y]
-        settings["clean_temperature"] = self.clean_temperatures.to(batch.reference)[batch.y]
-        return losses.absld(clean, adv, batch.reference, **settings), adv
+        loss = losses.absld(
+            clean,
+            adv,
+            batch.reference,
+            adv_temperature=self.adv_temperatures.to(batch.reference)[batch.y],
+            clean_temperature=self.clean_temperatures.to(batch.reference)[batch.y],
+            adv_weight=self.adv_weight,
+            kl_weight=self.kl_weight,
+        )
+        return loss, adv
 
     def end_epoch(self) -> None:
         super().end_epoch()
