@@ -26,13 +26,7 @@ NORMAL_START_SCALE = 0.001
 
 @dataclass(eq=False)
 class Ascent:
-    r"""The model, its images and the ball to climb in: what all attacks share, checked once.
-
-    $$x^{(t+1)} = \Pi_{B_\epsilon(x) \cap [lo, hi]}\left(x^{(t)}
-      + \alpha \, \mathrm{sign} \nabla_{x^{(t)}} \ell(f(x^{(t)}), y)\right)$$
-
-    (Madry et al. 2018; Fair-ARD Eq. 5). `pgd` says what each argument means.
-    """
+    """The model, its images and the ball to climb in; `pgd` has the equation, and says what each means."""
 
     model: Model
     x: Tensor
@@ -68,28 +62,23 @@ class Ascent:
         """Check what the loss takes second: one entry for each image."""
         _checks.tensor(targets=targets)
         if targets.ndim == 0 or len(targets) != len(self.x):
-            raise InvalidValue(
-                f"expected `targets` of {len(self.x)} images, got {_checks.got(targets)}"
-            )
+            came = _checks.got(targets)
+            raise InvalidValue(f"expected `targets` of {len(self.x)} images, got {came}")
         _checks.one_device(x=self.x, targets=targets)
 
     def run(
-        self,
-        loss: Loss,
-        targets: Tensor,
-        on_step: OnStep | None = None,
-        stop: Stop | None = None,
-        check: Callable[[Any], Any] | None = None,
+        self, loss: Loss, targets: Tensor, on_step: OnStep | None = None, stop: Stop | None = None
     ) -> Tensor:
         """Climb `loss(model(x'), targets)` and return the last iterate, in the dtype of x.
 
-        Samples that `stop` calls done keep their iterate, and leave the batch. `check` looks at the
-        model's first output, for a loss that does not.
+        Samples that `stop` calls done keep their iterate, and leave the batch.
         """
         _checks.callable_(loss=loss)
-        if on_step is not None:
-            _checks.callable_(on_step=on_step)
-        with torch.inference_mode(False), torch.enable_grad(), self._mode():
+        _checks.callable_or_none(on_step=on_step)
+        # A model that trains already keeps its frozen layers frozen.
+        trains = isinstance(self.model, nn.Module) and self.model.training
+        mode = None if self.train_mode and trains else self.train_mode
+        with torch.inference_mode(False), torch.enable_grad(), borrowed(self.model, training=mode):
             # Notation: adv, x^(t); left, its rows that are still attacked; here, the values of these rows.
             start = draw_start(self.origin, self.random_start, self.eps, self.rng)
             left: Any = slice(None)
@@ -99,8 +88,6 @@ class Ascent:
                 # A slice is a view, so a batch that stays whole is not copied.
                 here = adv[left].requires_grad_()
                 output = self.model(here.to(self.x.dtype))
-                if check is not None and step == 0:
-                    check(output)
                 total = _total(loss, output, targets[left])
                 # The sign of NaN is 0 in torch: without this sum a broken model would pass for a robust one.
                 health = health + total.detach()
@@ -113,8 +100,8 @@ class Ascent:
                         break
                 (gradient,) = torch.autograd.grad(total, here)
                 health = health + gradient.sum()
-                moved = here.detach() + _rows(self.step_size, left) * gradient.sign()
-                moved = self._projected(moved, left)
+                stride = _rows(self.step_size, left) * gradient.sign()
+                moved = self._projected(here.detach() + stride, left)
                 if stop is None:
                     adv = moved
                 else:
@@ -122,28 +109,14 @@ class Ascent:
                     left = index[left][stays]
                     adv = adv.index_put((left,), moved[stays])
             if not bool(health.isfinite()):
-                raise InvalidState(
-                    "expected finite losses and gradients, got NaN or infinity; look at `model(x)` here"
-                )
+                came = "NaN or infinity; look at `model(x)` here"
+                raise InvalidState(f"expected finite losses and gradients, got {came}")
             return rounded_inside(adv, self.x, self.eps, self.bounds)
 
     def _projected(self, adv: Tensor, rows: Any) -> Tensor:
         """Project into the ball of these rows, and then into the bounds."""
         origin, eps = self.origin[rows], _rows(self.eps, rows)
-        offset = adv - origin
-        if isinstance(eps, float):
-            offset = offset.clamp(-eps, eps)
-        else:
-            offset = torch.minimum(torch.maximum(offset, -eps), eps)
-        return (origin + offset).clamp(*self.bounds)
-
-    def _mode(self) -> Any:
-        """Freeze the model for the length of the attack, in eval mode unless asked otherwise."""
-        # A model that trains already keeps its frozen layers frozen.
-        trains = isinstance(self.model, nn.Module) and self.model.training
-        return borrowed(
-            self.model, training=None if self.train_mode and trains else self.train_mode
-        )
+        return (origin + (adv - origin).clamp(-eps, eps)).clamp(*self.bounds)
 
 
 def misclassified(labels: Tensor, train_mode: bool) -> Stop:
@@ -161,17 +134,13 @@ def predicted(step: int, output: Any) -> Tensor:
     logits = output[0] if isinstance(output, tuple) and output else output
     if step == 0:
         _checks.logits(**{"model(x)": logits})
-    classes: Tensor = logits.argmax(dim=1)
-    return classes
+    return logits.argmax(dim=1)  # type: ignore[no-any-return]
 
 
 def draw_start(
     like: Tensor, random_start: RandomStart, eps: float | Tensor, rng: torch.Generator | None
 ) -> Tensor:
-    """Draw x^(0) - x for images `like` these, which lend shape, dtype and device, on `rng.device`.
-
-    Several processes draw it for the images of all, and each gives its rows to its attack as `random_start`.
-    """
+    """Draw x^(0) - x for images `like` these, which lend shape, dtype and device, on `rng.device`."""
     if random_start is None:
         return torch.zeros_like(like)
     if isinstance(random_start, Tensor):
@@ -227,7 +196,7 @@ def _total(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     return total
 
 
-def _rows(value: float | Tensor, rows: Any) -> float | Tensor:
+def _rows(value: float | Tensor, rows: Any) -> Any:
     return value[rows] if isinstance(value, Tensor) else value
 
 

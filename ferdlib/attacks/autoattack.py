@@ -80,10 +80,7 @@ def autoattack(
     Returns:
         An `AutoAttackResult`; `result.robust.float().mean()` is the robust accuracy.
 
-    Raises:
-        TypeError, ValueError: images outside [0, 1], labels or logits that do not fit `num_classes`, an
-            unknown version, and the like.
-        RuntimeError: the model's logits are NaN.
+    Raises: as `pgd`, and ValueError for labels or logits that do not fit `num_classes`.
 
     Example:
         >>> def model(x):  # class 1 while the pixel is above 0.45
@@ -100,8 +97,7 @@ def autoattack(
     _checks.choice(tuple(VERSIONS), version=version)
     _checks.integer(1, batch_size=batch_size)
     _checks.integer(0, seed=seed)
-    if on_batch is not None:
-        _checks.callable_(on_batch=on_batch)
+    _checks.callable_or_none(on_batch=on_batch)
     logits = _logits(model, x.dtype)
 
     def classes(batch: Tensor) -> Tensor:
@@ -109,11 +105,9 @@ def autoattack(
         # argmax finds a class for NaN too: without this a broken model would pass for a robust one.
         if bool(z.isnan().any()):
             raise InvalidState("expected numbers as logits `model(x)`, got NaN")
-        if z.shape[1] != num_classes:
-            k = z.shape[1]
-            raise InvalidValue(
-                f"expected `num_classes` {k}, the number of logits, got {num_classes}"
-            )
+        if (k := z.shape[1]) != num_classes:
+            wanted = f"{k}, the number of logits"
+            raise InvalidValue(f"expected `num_classes` {wanted}, got {num_classes}")
         return z.argmax(dim=1)
 
     with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
 from ferdlib._modes import borrowed
 from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified, wide
-from ferdlib.losses import _kernels, cross_entropy
+from ferdlib.losses import _kernels, cross_entropy, cw_margin
 
 
 @public
@@ -70,10 +72,9 @@ def pgd(
         iterated in float32 or wider whatever the dtype of x.
 
     Raises:
-        TypeError: `x` is not a float tensor, or an argument has the wrong type.
-        ValueError: a wrong shape, images outside the bounds or not finite, a negative radius or step,
-            an unknown start, a loss that does not depend on the images, or `early_stop` with
-            `train_mode` (fewer samples are another batch to BatchNorm) or without labels.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or range, images outside the bounds or not finite, a loss that does not
+            depend on them, or `early_stop` with `train_mode`: fewer samples are another batch to BatchNorm.
         RuntimeError: loss or gradient became NaN or infinite during the attack.
 
     Example:
@@ -155,17 +156,8 @@ def cw_linf(
     _checks.real(0, confidence=confidence)
     ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
     ascent.check_targets(targets)
-
-    def check(logits: Tensor) -> None:
-        _checks.logits(**{"model(x)": logits})
-        _checks.labels(num_classes=logits.shape[1], targets=targets)
-
-    # The equation of `losses.cw_margin`, which would check each output again.
-    def lead(logits: Tensor, labels: Tensor) -> Tensor:
-        return -(_kernels.margin(wide(logits), labels) + confidence).clamp(min=0)
-
     stop = misclassified(targets, train_mode) if early_stop else None
-    return ascent.run(lead, targets, on_step, stop, check)
+    return ascent.run(partial(cw_margin, confidence=confidence), targets, on_step, stop)
 
 
 @public
@@ -213,7 +205,6 @@ def utae_pgd(
     _checks.real(0, gamma=gamma)
     ascent = Ascent(model, x, eps, step_size, steps, random_start, bounds, train_mode, rng)
     if reference_logits is None:
-        # KL(p || p) has no gradient at x but rounding noise.
         if gamma == 0 and random_start is None:
             raise InvalidValue(
                 "expected `random_start` or `gamma` > 0 with a model's own `reference_logits`, got neither"
@@ -222,11 +213,9 @@ def utae_pgd(
             reference_logits = model(x)
     (reference,) = _checks.logits(reference_logits=reference_logits)
 
-    def check(logits: Tensor) -> None:
-        _checks.logits(**{"reference_logits": reference, "model(x)": logits})
-
-    # Each term casts by itself: in half precision, gradients are added up as by two losses.
     def away(logits: Tensor, reference: Tensor) -> Tensor:
+        _checks.logits(**{"reference_logits": reference, "model(x)": logits})
+        # Each term casts by itself: in half precision, gradients are added up as by two losses.
         return _kernels.kl(reference, wide(logits)) - gamma * _kernels.uniformity(wide(logits))
 
-    return ascent.run(away, reference, on_step, check=check)
+    return ascent.run(away, reference, on_step)

@@ -43,9 +43,7 @@ class StepCounter:
     Attributes:
         counts: int64 `(N,)` in `0..steps`, complete after the attack.
 
-    Raises:
-        TypeError, ValueError: wrong labels, steps or count; outputs of the model that are not logits, or
-            not of as many samples.
+    Raises TypeError or ValueError, also for outputs that are not logits, or not of as many samples.
 
     Example:
         >>> from ferdlib.attacks import utae_pgd
@@ -98,10 +96,8 @@ class StepCounter:
             return slice(None)
         left = (self.counts == self.steps).nonzero().squeeze(1)
         if len(left) != seen or self.count == "correct":
-            n = len(self.labels)
-            raise InvalidValue(
-                f"expected `model(x)` of {n} samples, {len(left)} are left, got {seen}"
-            )
+            wanted = f"{len(self.labels)} samples, {len(left)} are left"
+            raise InvalidValue(f"expected `model(x)` of {wanted}, got {seen}")
         return left
 
 
@@ -134,8 +130,7 @@ def least_pgd_steps(
         model: returns logits `(N, K)`, or a tuple that begins with them.
         labels: int64 `(N,)` that decide what is wrong; default `targets`, when those are labels. So an
             attack on teacher logits can be counted too.
-        count: "first" crossing, or number of "correct" iterates; see `StepCounter`.
-        steps: K >= 1.
+        steps, count: as for `StepCounter`.
         early_stop: leave a sample out after its first crossing, for the count alone, at less than the attack's
             price; the images are then those that decided, x^(d) or x^(K-1). Not for "correct", which goes on.
 
@@ -159,12 +154,9 @@ def least_pgd_steps(
         raise InvalidValue("expected `labels` beside `targets` that are not labels, got None")
     else:
         _checks.labels(like=x, targets=targets)
-    if on_step is not None:
-        _checks.callable_(on_step=on_step)
+    _checks.callable_or_none(on_step=on_step)
     if early_stop and count == "correct":
-        raise InvalidValue(
-            "expected no `early_stop` with `count` 'correct', which goes on, got both"
-        )
+        raise InvalidValue("expected no `early_stop` with `count` 'correct', got both")
     # The labels that decide, whatever the attack itself aims at.
     truth = targets if labels is None else labels
     counter = StepCounter(truth, steps, count=count)
