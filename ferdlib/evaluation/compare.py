@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -44,13 +45,12 @@ class PairedTest:
 
     def __str__(self) -> str:
         rows = [["", "difference", "p"]]
-        for name, (difference, p), percent in (
-            ("average", self.average, 100),
-            ("worst class", self.worst_class, 100),
-            ("NSD", self.nsd, 1),
+        for name, (difference, p), figure in (
+            ("average", self.average, f"{100 * self.average[0]:+.1f}"),
+            ("worst class", self.worst_class, f"{100 * self.worst_class[0]:+.1f}"),
+            ("NSD", self.nsd, f"{self.nsd[0]:+.3f}"),
         ):
-            shown = f"{percent * difference:+.{1 if percent > 1 else 3}f}", f"{p:.2g}"
-            rows.append([name, *(("-", "-") if math.isnan(difference) else shown)])
+            rows.append([name, *(("-", "-") if math.isnan(difference) else (figure, f"{p:.2g}"))])
         figures = self.row_names, self.class_differences.tolist(), self.class_p.tolist()
         for name, difference, p in zip(*figures, strict=True):
             if p < 0.05:
@@ -123,10 +123,7 @@ class Comparison:
 
         Average, worst class and NSD by a permutation test that exchanges the models' outcomes sample by sample;
         the rows by exact McNemar tests with Holm's correction. Samples, not training runs: a difference between
-        two methods needs seeds, too.
-
-        Raises:
-            ValueError: unknown names, or reports on other samples.
+        two methods needs seeds, too. ValueError for unknown names, or reports on other samples.
         """
         _checks.choice(tuple(self.reports), first=first, second=second)
         _checks.choice(self.columns, column=column)
@@ -137,17 +134,11 @@ class Comparison:
         mine, theirs = a.manifest.get("data", {}), b.manifest.get("data", {})
         alike = all(mine.get(k) == theirs.get(k) for k in ("shape", "dtype"))
         if not same or (alike and mine.get("fingerprint") != theirs.get("fingerprint")):
-            raise InvalidValue(
-                f"expected reports on the same samples, got {len(a)} and {len(b)} that differ"
-            )
+            came = f"{len(a)} and {len(b)} that differ"
+            raise InvalidValue(f"expected reports on the same samples, got {came}")
         one, two = a[column], b[column]
         rows = len(a.row_names)
-
-        def exchanged(figure: Literal["average", "worst_class", "nsd"]) -> tuple[float, float]:
-            return paired_permutation(
-                one.robust, two.robust, a.rows, rows, figure=figure, seed=seed
-            )
-
+        exchanged = partial(paired_permutation, one.robust, two.robust, a.rows, rows, seed=seed)
         only_one = torch.bincount(a.rows[one.robust & ~two.robust], minlength=rows)
         only_two = torch.bincount(a.rows[two.robust & ~one.robust], minlength=rows)
         p = mcnemar(only_one, only_two)
@@ -157,9 +148,9 @@ class Comparison:
             first,
             second,
             column,
-            average=exchanged("average"),
-            worst_class=exchanged("worst_class"),
-            nsd=exchanged("nsd"),
+            average=exchanged(figure="average"),
+            worst_class=exchanged(figure="worst_class"),
+            nsd=exchanged(figure="nsd"),
             class_differences=one.class_accuracy - two.class_accuracy,
             class_p=holm(p),
             row_names=a.row_names,
@@ -177,9 +168,6 @@ def compare(
             so is a worst case, also that of an AutoAttack on survivors, over different attacks.
         worst: "class" or "10%"; None takes "10%" from 100 classes on, as the papers do.
 
-    Returns:
-        A `Comparison`: `print` it, export it, test two of its models.
-
     Raises:
         TypeError, ValueError: no reports, other classes, or attacks of one name with other settings.
 
@@ -196,9 +184,7 @@ def compare(
         raise InvalidType(f"expected `reports` by name, as a dict, got {got(reports)}")
     first, *others = _comparable(tuple(reports.values()))
     # A worst case over other attacks is another figure under the same name.
-    shared = [
-        c for c in first.columns if all(_over(other, c) == _over(first, c) for other in others)
-    ]
+    shared = [c for c in first.columns if all(_over(r, c) == _over(first, c) for r in others)]
     if worst is None:
         worst = "10%" if len(first.row_names) >= MANY_CLASSES else "class"
     _checks.choice(("class", "10%"), worst=worst)
@@ -234,13 +220,11 @@ def merge(reports: Sequence[RobustnessReport]) -> RobustnessReport:
     if not isinstance(reports, Sequence):
         raise InvalidType(f"expected `reports` as a list, got {got(reports)}")
     first, *others = _comparable(reports)
-    for other in others:
-        mine, theirs = _circumstances(first), _circumstances(other)
-        differing = [name for name in mine if mine[name] != theirs.get(name)]
+    mine = _circumstances(first)
+    for theirs in map(_circumstances, others):
+        differing = ", ".join(name for name in mine if mine[name] != theirs.get(name))
         if differing:
-            raise InvalidValue(
-                f"expected `reports` of one evaluation, got others in {', '.join(differing)}"
-            )
+            raise InvalidValue(f"expected `reports` of one evaluation, got others in {differing}")
     index = torch.cat([report.index for report in reports])
     # Sorted, the copies of a sample are neighbours, and the first of them is kept.
     order = index.argsort(stable=True)
@@ -254,6 +238,13 @@ def merge(reports: Sequence[RobustnessReport]) -> RobustnessReport:
             raise InvalidValue("expected one outcome for each sample, got two for the same index")
         return values[kept]
 
+    # The digests of disjoint shards add up; where shards overlap, there is none for the whole.
+    digests = [report.manifest["data"]["fingerprint"] for report in reports]
+    fingerprint = None
+    if len(again) == 0 and None not in digests:
+        fingerprint = f"{sum(int(digest, 16) for digest in digests) % 2**128:032x}"
+    samples = int(kept.sum())
+    data = {**first.manifest["data"], "samples": samples, "fingerprint": fingerprint}
     seconds = [report.timing["seconds"] for report in reports]
     return changed(
         first,
@@ -262,7 +253,7 @@ def merge(reports: Sequence[RobustnessReport]) -> RobustnessReport:
         predictions={k: joined(r.predictions[k] for r in reports) for k in first.predictions},
         fooled_at={k: joined(r.fooled_at[k] for r in reports) for k in first.fooled_at},
         groups=None if first.groups is None else joined(r.groups for r in reports),
-        manifest=_joint_manifest(reports, int(kept.sum())),
+        manifest={**first.manifest, "data": data},
         findings=tuple(finding for report in reports for finding in report.findings),
         timing={
             "created": max(report.timing["created"] for report in reports),
@@ -277,20 +268,17 @@ def _comparable(reports: Sequence[RobustnessReport]) -> Sequence[RobustnessRepor
         raise InvalidValue("expected `reports` to be at least one RobustnessReport, got none")
     for report in reports:
         if not isinstance(report, RobustnessReport):
-            raise InvalidType(
-                f"expected each of `reports` to be a RobustnessReport, got {got(report)}"
-            )
+            wanted = "each of `reports` to be a RobustnessReport"
+            raise InvalidType(f"expected {wanted}, got {got(report)}")
     first, *others = reports
     settings = {spec.name: spec for spec in first.protocol.attacks}
     for other in others:
         if (other.class_names, other.row_names) != (first.class_names, first.row_names):
             raise InvalidValue("expected `reports` of the same classes, got others")
         for spec in other.protocol.attacks:
-            if settings.get(spec.name, spec) != spec:
-                raise InvalidValue(
-                    f"expected one setting for each attack of `reports`, got {spec} and "
-                    f"{settings[spec.name]}"
-                )
+            if (known := settings.get(spec.name, spec)) != spec:
+                wanted = "one setting for each attack of `reports`"
+                raise InvalidValue(f"expected {wanted}, got {spec} and {known}")
     return reports
 
 
@@ -308,14 +296,3 @@ def _circumstances(report: RobustnessReport) -> dict[str, Any]:
     """Protocol and manifest, without the digest and the number of samples."""
     data = {k: report.manifest["data"][k] for k in ("shape", "dtype")}
     return {"protocol": report.protocol, **report.manifest, "data": data}
-
-
-def _joint_manifest(reports: Sequence[RobustnessReport], samples: int) -> dict[str, Any]:
-    """Add up the digests of disjoint shards; where shards overlap, there is none for the whole."""
-    manifest = reports[0].manifest
-    digests = [report.manifest["data"]["fingerprint"] for report in reports]
-    fingerprint = None
-    if sum(map(len, reports)) == samples and None not in digests:
-        fingerprint = f"{sum(int(digest, 16) for digest in digests) % 2**128:032x}"
-    data = {**manifest["data"], "samples": samples, "fingerprint": fingerprint}
-    return {**manifest, "data": data}

@@ -130,14 +130,8 @@ class RobustnessReport:
     @public
     def __getitem__(self, column: str) -> AttackResult:
         _checks.choice(self._known, column=column)
-        return AttackResult(
-            column,
-            self._predictions(column),
-            self.targets,
-            self.num_classes,
-            self.row_names,
-            self.rows,
-        )
+        predictions, k = self._predictions(column), self.num_classes
+        return AttackResult(column, predictions, self.targets, k, self.row_names, self.rows)
 
     def _predictions(self, column: str) -> Tensor:
         if column in self.predictions:
@@ -179,10 +173,8 @@ class RobustnessReport:
         _checks.choice(tuple(self.predictions), attack=attack)
         count, length = len(self.row_names), len(self.stages[attack]) + 1
         # A row and a stage as one number; the last stage is that of samples which withstood all.
-        cells = torch.bincount(
-            self.rows * length + self.fooled_at[attack], minlength=count * length
-        )
-        fallen = cells.reshape(count, length)
+        cells = self.rows * length + self.fooled_at[attack]
+        fallen = torch.bincount(cells, minlength=count * length).reshape(count, length)
         return 1 - fallen[:, :-1].cumsum(dim=1) / fallen.sum(dim=1, keepdim=True).double()
 
     def __eq__(self, other: object) -> bool:
@@ -231,8 +223,7 @@ class RobustnessReport:
         """The papers' line: average, worst and NSD under each attack, with booktabs."""
         name = str(self.manifest.get("model", {}).get("class", "model"))
         worst: table.Worst = "10%" if len(self.row_names) >= MANY_CLASSES else "class"
-        results = {column: self[column] for column in self.columns if column != WORST_CASE}
-        return table.paper_latex({name: results}, worst)
+        return table.paper_latex({name: {c: self[c] for c in self.predictions}}, worst)
 
     def to_csv(self) -> str:
         """A line for each attack and row: counts, accuracy, Wilson bounds."""
@@ -243,9 +234,8 @@ class RobustnessReport:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError(
-                "RobustnessReport.to_pandas: expected pandas, got none; pip install pandas"
-            ) from error
+            said = "RobustnessReport.to_pandas: expected pandas, got none; pip install pandas"
+            raise ImportError(said) from error
         return pandas.DataFrame(table.class_lines(self._results()), columns=table.FIELDS)
 
     def _results(self) -> dict[str, AttackResult]:
@@ -254,11 +244,10 @@ class RobustnessReport:
     def _tables(self) -> tuple[table.Rows, table.Rows]:
         """Figures of each attack and, indented, of AutoAttack's members; and the rows under each attack."""
         results = self._results()
-        headings: list[tuple[str, AttackResult]] = []
+        headings = []
         for column, found in results.items():
-            headings.append((column, found))
-            for member in self.members(column):
-                headings.append((f"  {member.rpartition('/')[2]}", self[member]))
+            members = [(f"  {m.rpartition('/')[2]}", self[m]) for m in self.members(column)]
+            headings += [(column, found), *members]
         title = "class" if self.groups is None else "group"
         return table.figure_rows(headings), table.class_rows(results, title)
 
@@ -273,18 +262,17 @@ class RobustnessReport:
 
     def _notes(self) -> list[str]:
         """Winners, attacks on survivors, and rows without samples."""
-        counts = torch.bincount(self.winner + 1, minlength=len(self.columns)).tolist()
-        fallen = ", ".join(
-            f"{name} {n:,}" for name, n in zip(self.predictions, counts[1:], strict=True)
-        )
-        notes = [f"first fooled by: {fallen}; by none {counts[0]:,}"]
+        none, *fooled = torch.bincount(self.winner + 1, minlength=len(self.columns)).tolist()
+        fallen = [f"{name} {n:,}" for name, n in zip(self.predictions, fooled, strict=True)]
+        notes = [f"first fooled by: {', '.join(fallen)}; by none {none:,}"]
         notes += [
             f"{spec.name} was run on what withstood all before it: its rows are the worst case up to there"
             for spec in self.protocol.attacks
             if spec.survivors
         ]
-        totals = torch.bincount(self.rows, minlength=len(self.row_names)).tolist()
-        absent = [name for name, n in zip(self.row_names, totals, strict=True) if n == 0]
+        absent = [
+            row for row, n in zip(self.row_names, self["clean"].totals, strict=True) if n == 0
+        ]
         if absent:
             notes.append(f"no samples, left out of every figure: {', '.join(absent)}")
         return notes
@@ -320,17 +308,11 @@ class RobustnessReport:
     @staticmethod
     @public
     def from_dict(content: Mapping[str, Any]) -> RobustnessReport:
-        """Read what `to_dict` gave.
-
-        Raises:
-            ValueError: something else, or a version that this one does not know.
-        """
+        """Read what `to_dict` gave; ValueError for something else, or a version that is not known here."""
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise InvalidValue(f"expected `content` of a saved report, got {got(content)}")
-        if content.get("version") != VERSION:
-            raise InvalidValue(
-                f"expected `content` of version {VERSION}, got {content.get('version')!r}"
-            )
+        if (version := content.get("version")) != VERSION:
+            raise InvalidValue(f"expected `content` of version {VERSION}, got {version!r}")
         missing = [f.name for f in fields(RobustnessReport) if f.name not in content]
         if missing:
             raise InvalidValue(f"expected `content` of a complete report, got none of {missing}")
@@ -355,35 +337,22 @@ class RobustnessReport:
 
     @public
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON, whole or not at all.
-
-        Raises:
-            TypeError: `path` is no path.
-            OSError: the file cannot be written.
-        """
+        """Write the report as JSON, whole or not at all; OSError where that is impossible."""
         target = _checks.path("path", path)
         try:
             write_file(target, json.dumps(self.to_dict()))
         except OSError as error:
-            raise OSError(
-                f"RobustnessReport.save: expected to write {str(target)!r}, got {error}"
-            ) from error
+            said = f"RobustnessReport.save: expected to write {str(target)!r}, got {error}"
+            raise OSError(said) from error
 
     @staticmethod
     @public
     def load(path: str | os.PathLike[str]) -> RobustnessReport:
-        """Read what `save` wrote.
-
-        Raises:
-            TypeError: `path` is no path.
-            FileNotFoundError: no such file.
-            ValueError: a damaged file, or something else.
-        """
+        """Read what `save` wrote; FileNotFoundError without a file, ValueError for a damaged or another one."""
         file = _checks.file("path", path)
         try:
             content = json.loads(file.read_text("utf-8"))
         except ValueError as error:
-            raise InvalidValue(
-                f"expected a complete report in {str(path)!r}, got {error}"
-            ) from error
+            said = f"expected a complete report in {str(path)!r}, got {error}"
+            raise InvalidValue(said) from error
         return RobustnessReport.from_dict(content)

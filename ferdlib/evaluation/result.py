@@ -19,8 +19,7 @@ class AttackResult:
     """Class-wise robustness under one attack; all figures are fractions, float64.
 
     A row is a class, or a group where the evaluation was given groups. A row without samples is `nan` and left
-    out of every figure over rows. Figures are computed when they are asked for, in time linear in samples and
-    rows; `confusion` alone takes K times K numbers.
+    out of every figure over rows. Time and memory are linear in samples and rows, but for `confusion`.
 
     Attributes:
         name: of the attack; "clean" and "worst case" are there too.
@@ -60,24 +59,17 @@ class AttackResult:
         row_names: Sequence[str] | None = None,
         rows: Tensor | None = None,
     ) -> AttackResult:
-        """Make a result of int64 predictions and labels `(N,)`; `rows` are the classes unless given.
-
-        Raises:
-            TypeError, ValueError: labels of another kind, length or range; names or rows likewise.
-        """
+        """Make a result of int64 predictions and labels `(N,)`; `rows` are the classes unless given."""
         _checks.integer(2, num_classes=num_classes)
         _checks.tensor(predictions=predictions, targets=targets)
         # On the host, where the range can be read: a wrong pair of labels could count as a right one.
         predictions, targets = predictions.cpu(), targets.cpu()
-        _checks.labels(
-            num_classes=num_classes, like=targets, targets=targets, predictions=predictions
-        )
+        both = {"targets": targets, "predictions": predictions}
+        _checks.labels(num_classes=num_classes, like=targets, **both)
         names = list(map(str, range(num_classes))) if row_names is None else row_names
         _checks.strings(num_classes if rows is None else None, row_names=names)
-        if rows is None:
-            rows = targets
-        else:
-            _checks.labels(num_classes=len(names), like=targets, rows=rows)
+        rows = targets if rows is None else rows
+        _checks.labels(num_classes=len(names), like=targets, rows=rows)
         return AttackResult(name, predictions, targets, num_classes, tuple(names), rows)
 
     @cached_property
@@ -147,9 +139,9 @@ class AttackResult:
         entropy = torch.zeros(k, dtype=torch.float64).index_add(
             0, pairs // k, torch.xlogy(q, 1 / q)
         )
-        return (
-            (entropy / math.log(k - 1)).where(errors > 0, math.nan) if k > 2 else entropy * math.nan
-        )
+        # Two classes leave an error no choice.
+        largest = math.log(k - 1) if k > 2 else math.nan
+        return (entropy / largest).where(errors > 0, math.nan)
 
     @cached_property
     def class_interval(self) -> Tensor:

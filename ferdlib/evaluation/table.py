@@ -55,40 +55,16 @@ def comma_separated(rows: Iterable[Iterable[object]]) -> str:
     return text.getvalue()
 
 
-def booktabs(groups: Sequence[str], heading: Sequence[str], rows: Rows) -> str:
-    """Tabular of LaTeX for the booktabs package, in the papers' layout.
-
-    Each group has three columns: average, worst, and a third where less is better. The best of several rows is
-    bold and the second best underlined.
-    """
-    top = " & ".join(rf"\multicolumn{{3}}{{c}}{{{_tex(group)}}}" for group in groups)
-    rules = "".join(rf"\cmidrule(lr){{{3 * k + 2}-{3 * k + 4}}}" for k in range(len(groups)))
-    lines = [
-        rf"\begin{{tabular}}{{l{'rrr' * len(groups)}}}",
-        r"\toprule",
-        rf" & {top} \\",
-        rules,
-        rf"{' & '.join(map(_tex, heading))} \\",
-        r"\midrule",
-    ]
-    marked = [_marked([row[i] for row in rows], less=i % 3 == 0) for i in range(1, len(heading))]
-    for (name, *_), *cells in zip(rows, *marked, strict=True):
-        lines.append(rf"{' & '.join([_tex(name), *cells])} \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
 def _marked(column: Sequence[str], *, less: bool) -> list[str]:
     """Mark the best and the second best of a column; ties rank alike."""
     # By what is shown: figures that are equal to the reader rank alike.
     values = [math.nan if cell == "-" else float(cell) for cell in column]
     ranked = sorted({v for v in values if not math.isnan(v)}, reverse=not less)
-    marks = {}
-    if len(column) > 1:
-        marks = dict(zip(ranked, (r"\textbf{%s}", r"\underline{%s}"), strict=False))
-    return [
-        marks.get(value, "%s") % cell.replace("-", "--")
-        for value, cell in zip(values, column, strict=True)
-    ]
+    marks = dict(zip(ranked, (r"\textbf{%s}", r"\underline{%s}"), strict=False))
+    shown = [cell.replace("-", "--") for cell in column]
+    if len(column) == 1:
+        return shown
+    return [marks.get(v, "%s") % cell for v, cell in zip(values, shown, strict=True)]
 
 
 def _tex(text: str) -> str:
@@ -112,9 +88,6 @@ def figure_rows(results: Iterable[tuple[str, AttackResult]]) -> Rows:
     rows: list[list[str]] = []
     for heading, found in results:
         many = len(found.row_names) > FEW_ROWS
-        rows = rows or [
-            ["", "average", "worst class", "", *["worst 10 %"] * many, "NSD", "target entropy"]
-        ]
         row = [
             heading,
             _with_interval(100 * found.average, 100 * found.average_interval, 1),
@@ -126,7 +99,8 @@ def figure_rows(results: Iterable[tuple[str, AttackResult]]) -> Rows:
         row.append(_with_interval(found.nsd, found.nsd_interval, 3))
         row.append(number(float(found.target_entropy.nanmean()), 2))
         rows.append(row)
-    return rows
+    title = ["", "average", "worst class", "", *["worst 10 %"] * many, "NSD", "target entropy"]
+    return [title, *rows]
 
 
 def class_rows(results: Mapping[str, AttackResult], title: str) -> Rows:
@@ -173,8 +147,25 @@ def paper_rows(models: Mapping[str, Mapping[str, AttackResult]], worst: Worst) -
 
 
 def paper_latex(models: Mapping[str, Mapping[str, AttackResult]], worst: Worst) -> str:
-    """The papers' table in LaTeX."""
+    """The papers' table for the booktabs package; of several models the best is bold, the second underlined."""
     columns = list(next(iter(models.values())))
-    title = "Worst" if worst == "class" else "Worst-10%"
-    heading = ["Method", *["Avg.", title, "NSD"] * len(columns)]
-    return booktabs(columns, heading, paper_rows(models, worst))
+    groups = " & ".join(rf"\multicolumn{{3}}{{c}}{{{_tex(column)}}}" for column in columns)
+    rules = "".join(rf"\cmidrule(lr){{{3 * k + 2}-{3 * k + 4}}}" for k in range(len(columns)))
+    heading = " & ".join(["Avg.", "Worst" if worst == "class" else r"Worst-10\%", "NSD"])
+    figures = list(zip(*paper_rows(models, worst), strict=True))[1:]
+    # Of NSD, every third figure, less is better.
+    marked = [_marked(column, less=i % 3 == 2) for i, column in enumerate(figures)]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'rrr' * len(columns)}}}",
+            r"\toprule",
+            rf" & {groups} \\",
+            rules,
+            rf"Method & {' & '.join([heading] * len(columns))} \\",
+            r"\midrule",
+            *(rf"{' & '.join(row)} \\" for row in zip(map(_tex, models), *marked, strict=True)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
