@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class FewOfEach:
             if self.room[label] > 0:
                 self.room[label] -= 1
                 chosen.append(i)
+        # Indexed, so that the pixels of the others are let go.
         if chosen:
             self.blocks.append(block[torch.tensor(chosen)])
 
@@ -71,21 +72,17 @@ def trust_checks(
 ) -> tuple[Finding, ...]:
     """Look for the usual reasons why a robust accuracy is too good to be true.
 
-    On the model: it came in eval mode; it is deterministic; its outputs are logits; its input gradients are not
-    zero; the loss rises along the attack; robust accuracy falls to zero as the radius grows; black-box Square
-    finds nothing that PGD and CW missed. On a report: no weaker attack beats a stronger one, AutoAttack is not
-    above PGD, Square finds nothing after the gradient attacks. And on the images: they are inside the bounds,
-    without which the checks with attacks are left out. None of these proves robustness.
+    The model came in eval mode, is deterministic and gives logits; its input gradients are not zero; the loss
+    rises along the attack; robust accuracy falls to zero as the radius grows; black-box Square finds nothing that
+    PGD and CW missed. In a report no weaker attack beats a stronger one, and Square finds nothing after the
+    gradient attacks. Images outside the bounds are not attacked. None of these proves robustness.
 
     Args:
         model: any callable from images to logits `(N, K)`.
         data: a few hundred samples, as for `evaluate`; the first 256 or so, of all classes, are used.
         protocol: whose radius, steps and step size PGD takes; those of its first attack with several steps.
-        num_classes: K >= 2.
-        bounds: smallest and largest pixel value.
         report: of `evaluate` on this model, for the checks that compare attacks.
-        batch_size: samples at a time, where `data` is not a DataLoader.
-        device: of the samples; None takes that of the model's first parameter.
+        num_classes, bounds, batch_size, device: as for `evaluate`.
 
     Returns:
         The findings, the doubtful ones first.
@@ -127,27 +124,25 @@ def trust_checks(
         findings += _of_model(setting, block, _pgd_of(protocol, high - low), report)
     if report is not None:
         findings += _of_report(report)
-    order = ("doubtful", "fine", "not checked")
-    return tuple(sorted(findings, key=lambda finding: order.index(finding.verdict)))
+    # The doubtful ones first: in this order the verdicts are sorted by the alphabet.
+    return tuple(sorted(findings, key=lambda finding: finding.verdict))
 
 
-def _finding(check: str, fine: bool, evidence: str) -> Finding:
+def _finding(check: str, fine: bool | None, evidence: str) -> Finding:
+    """A finding, of what was not checked if `fine` is None."""
+    if fine is None:
+        return Finding(check=check, verdict="not checked", evidence=evidence)
     return Finding(check=check, verdict="fine" if fine else "doubtful", evidence=evidence)
 
 
-def _not_checked(check: str, evidence: str) -> Finding:
-    return Finding(check=check, verdict="not checked", evidence=evidence)
-
-
 def _eval_mode(model: object) -> Finding:
-    check = "the model came in eval mode"
-    if not isinstance(model, nn.Module):
-        return _not_checked(check, "it is a plain callable")
-    training = [name or "the model" for name, m in model.named_modules() if m.training]
-    if not training:
-        return _finding(check, True, "no module was in train mode")
-    first = f"{len(training)} modules were in train mode, {training[0]!r} first; run in eval mode"
-    return _finding(check, False, first)
+    fine, evidence = None, "it is a plain callable"
+    if isinstance(model, nn.Module):
+        training = [name or "the model" for name, m in model.named_modules() if m.training]
+        fine, evidence = not training, "no module was in train mode"
+        if training:
+            evidence = f"{len(training)} modules were in train mode, {training[0]!r} first; run in eval mode"
+    return _finding("the model came in eval mode", fine, evidence)
 
 
 def _pgd_of(protocol: Protocol, width: float) -> AttackSpec:
@@ -172,11 +167,9 @@ def _of_model(
         for _ in range(2)
     )
     apart = float((once - twice).abs().max())
-    yield _finding(
-        "the model is deterministic",
-        apart <= 1e-5 * (1 + float(once.abs().max())),
-        f"logits of two passes over {len(block)} images differ by at most {apart:.1g}",
-    )
+    same = apart <= 1e-5 * (1 + float(once.abs().max()))
+    evidence = f"logits of two passes over {len(block)} images differ by at most {apart:.1g}"
+    yield _finding("the model is deterministic", same, evidence)
     # A sum of 1 alone can happen to logits; in [0, 1] as well it is a softmax.
     positive = bool(((once >= 0) & (once <= 1)).all())
     softmax = positive and bool(((once.sum(dim=1) - 1).abs() < 1e-4).all())
@@ -185,15 +178,15 @@ def _of_model(
         evidence = "all are in [0, 1] and sum to 1 per sample: a softmax is inside"
     yield _finding("the outputs are logits", not softmax, evidence)
     if not inside:
-        yield _not_checked("the attacks work", "images outside the bounds cannot be attacked")
+        yield _finding("the attacks work", None, "images outside the bounds cannot be attacked")
         return
-    zero = _zero_gradients(setting, block)
-    if zero is None:
+    gradients = _gradients(setting, block)
+    if gradients is None:
         evidence = "the logits have none: are they detached?"
         yield _finding("the gradients are not zero", False, evidence)
-        yield _not_checked("the attacks work", "without gradients there is no attack")
+        yield _finding("the attacks work", None, "without gradients there is no attack")
         return
-    yield _gradients(setting, block, zero)
+    yield gradients
     yield _rising(setting, block, attack)
     yield _falling(setting, block, attack)
     has_square = report is not None and any("square" in s for s in report.stages.values())
@@ -201,8 +194,8 @@ def _of_model(
         yield _black_box(setting, block, attack)
 
 
-def _zero_gradients(setting: Setting, block: Block) -> Tensor | None:
-    """Samples whose gradient gives an attack no direction; None if the model cannot be differentiated."""
+def _gradients(setting: Setting, block: Block) -> Finding | None:
+    """Share of images whose gradient is zero, so that it gives an attack no direction; None without gradients."""
 
     def zero(batch: Block) -> Tensor | None:
         leaf = batch.x.detach().clone().requires_grad_()
@@ -213,24 +206,21 @@ def _zero_gradients(setting: Setting, block: Block) -> Tensor | None:
             if not loss.requires_grad:
                 return None
             (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-        return None if gradient is None else (gradient == 0).flatten(1).all(dim=1)
+        return None if gradient is None else (gradient == 0).flatten(1).all(dim=1).cpu()
 
     found = setting.over(block, zero)
     parts = [part for part in found if part is not None]
-    return torch.cat(parts).cpu() if len(parts) == len(found) else None
-
-
-def _gradients(setting: Setting, block: Block, zero: Tensor) -> Finding:
-    """Share of zero gradients by class: a share of all samples would hide a single class."""
-    y = block.targets.cpu()
-    counts = torch.bincount(y, minlength=setting.num_classes)
-    share = torch.bincount(y[zero], minlength=setting.num_classes) / counts
+    if len(parts) < len(found):
+        return None
+    # By class, because a share of all samples would hide a single class.
+    y = block.targets.cpu()[torch.cat(parts)]
+    counts = torch.bincount(block.targets.cpu(), minlength=setting.num_classes)
+    share = torch.bincount(y, minlength=setting.num_classes) / counts
     worst = int(share.nan_to_num(nan=-1.0).argmax())
-    return _finding(
-        "the gradients are not zero",
-        float(share[worst]) <= ZERO_SHARE,
-        f"zero for {int(zero.sum())} of {len(zero)} images; most in class {worst}, {share[worst]:.0%}",
+    evidence = (
+        f"zero for {len(y)} of {len(block)} images; most in class {worst}, {share[worst]:.0%}"
     )
+    return _finding("the gradients are not zero", float(share[worst]) <= ZERO_SHARE, evidence)
 
 
 def _rising(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
@@ -257,17 +247,12 @@ def _rising(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
         )
         return sums
 
-    sums = torch.stack(setting.over(block, along)).sum(dim=0)
-    loss = (sums / len(block)).tolist()
+    loss = (torch.stack(setting.over(block, along)).sum(dim=0) / len(block)).tolist()
     shown = sorted({0, steps // 4, steps // 2, steps - 1})
     values = ", ".join(f"{loss[t]:.3g} at x^({t})" for t in shown)
     # One percent of slack: near a maximum the steps go back and forth.
-    below = all(loss[t] <= loss[-1] * 1.01 + 1e-6 for t in shown)
-    return _finding(
-        "the loss rises along the attack",
-        below and loss[-1] > loss[0],
-        f"mean cross-entropy {values}",
-    )
+    rises = loss[-1] > loss[0] and all(loss[t] <= loss[-1] * 1.01 + 1e-6 for t in shown)
+    return _finding("the loss rises along the attack", rises, f"mean cross-entropy {values}")
 
 
 def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
@@ -280,13 +265,9 @@ def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
         spec = replace(attack, eps=eps, step_size=eps / 4, start="uniform", restarts=1, judge="any")
         found = attacked(setting, spec, block).predictions
         accuracies.append(float((found == block.targets.cpu()).double().mean()))
-    slack = 0.01
-    falls = all(b <= a + slack for a, b in pairwise(accuracies))
-    return _finding(
-        "robust accuracy falls to zero as the radius grows",
-        falls and accuracies[-1] <= slack,
-        ", ".join(f"{a:.1%} at {eps:.3g}" for a, eps in zip(accuracies, radii, strict=True)),
-    )
+    falls = all(b <= a + 0.01 for a, b in pairwise(accuracies)) and accuracies[-1] <= 0.01
+    evidence = ", ".join(f"{a:.1%} at {eps:.3g}" for a, eps in zip(accuracies, radii, strict=True))
+    return _finding("robust accuracy falls to zero as the radius grows", falls, evidence)
 
 
 def _black_box(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
@@ -295,16 +276,15 @@ def _black_box(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     left = torch.ones(len(block), dtype=torch.bool)
     for spec in (attack, replace(attack, kind="cw")):
         left &= attacked(setting, spec, block).predictions == block.targets.cpu()
-    at = left.nonzero().squeeze(1).to(block.x.device)
-    found = 0
-    if len(at):
-        x, y = block.x[at], block.targets[at]
-        robust = square(setting.model, x, y, eps=attack.eps, queries=QUERIES, seed=setting.seed)
-        found = len(at) - int(robust.sum())
+    rest, found = block[left.nonzero().squeeze(1)], 0
+    if len(rest):
+        x, y, model = rest.x, rest.targets, setting.model
+        robust = square(model, x, y, eps=attack.eps, queries=QUERIES, seed=setting.seed)
+        found = len(rest) - int(robust.sum())
     return _finding(
         "black-box Square finds nothing that gradients missed",
         _few(found, len(block)),
-        f"{QUERIES} queries fooled {found} of the {len(at)} images that PGD and CW left",
+        f"{QUERIES} queries fooled {found} of the {len(rest)} images that PGD and CW left",
     )
 
 
@@ -314,22 +294,22 @@ def _few(found: int, samples: int) -> bool:
 
 def _of_report(report: RobustnessReport) -> Iterator[Finding]:
     specs = report.protocol.attacks
-    # Attacks that differ in kind, start or judge are not ordered.
-    for weak in specs:
-        for strong in specs:
-            if _weaker(weak, strong):
-                yield _ordered(report, weak.name, strong.name)
+    for weak, strong in product(specs, specs):
+        if _weaker(weak, strong):
+            yield _ordered(report, weak.name, strong.name)
     for name in (spec.name for spec in specs if spec.kind == "autoattack"):
-        if "square" in report.stages[name]:
-            found = report.fooled_at[name] == report.stages[name].index("square")
-            by_class = torch.bincount(report.targets[found], minlength=report.num_classes)
-            most = int(by_class.argmax())
-            yield _finding(
-                f"{name}'s black-box Square finds nothing that its gradient attacks missed",
-                _few(int(found.sum()), len(report)),
-                f"it fooled {int(found.sum())} of {len(report)} images after them; most in class "
-                f"{report.class_names[most]}, {int(by_class[most])}",
-            )
+        stages = report.stages[name]
+        if "square" not in stages:
+            continue
+        by_square = report.targets[report.fooled_at[name] == stages.index("square")]
+        by_class = torch.bincount(by_square, minlength=report.num_classes)
+        most = int(by_class.argmax())
+        yield _finding(
+            f"{name}'s black-box Square finds nothing that its gradient attacks missed",
+            _few(len(by_square), len(report)),
+            f"it fooled {len(by_square)} of {len(report)} images after them; most in class "
+            f"{report.class_names[most]}, {int(by_class[most])}",
+        )
 
 
 def _weaker(weak: AttackSpec, strong: AttackSpec) -> bool:
@@ -341,6 +321,7 @@ def _weaker(weak: AttackSpec, strong: AttackSpec) -> bool:
         return not strong.survivors
     mine, theirs = (weak.steps or 0, weak.restarts), (strong.steps or 0, strong.restarts)
     no_less = all(b >= a for a, b in zip(mine, theirs, strict=True))
+    # Attacks that differ in kind are not ordered.
     return strong.kind == weak.kind and no_less and mine != theirs
 
 
