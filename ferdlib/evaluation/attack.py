@@ -61,17 +61,12 @@ class Setting:
             raise InvalidState("expected numbers as logits `model(x)`, got NaN")
         return logits
 
-    def classes(self, x: Tensor) -> Tensor:
-        """Class that the model takes each image for."""
-        return self.logits(x).argmax(dim=1)
-
     def shaped(self, logits: Any, samples: int) -> Tensor:
         """Check the shape of logits; their values are not read, which would stall an accelerator."""
         shape = (samples, self.num_classes)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
-            raise InvalidValue(
-                f"expected `model(x)` to be logits of shape (N, num_classes) = {shape}, got {got(logits)}"
-            )
+            wanted = f"logits of shape (N, num_classes) = {shape}"
+            raise InvalidValue(f"expected `model(x)` to be {wanted}, got {got(logits)}")
         return logits
 
     def over(self, block: Block, work: Callable[[Block], T]) -> list[T]:
@@ -88,17 +83,14 @@ class Setting:
                 if len(batch) == 1 or not full:
                     raise
                 self.batch_size = len(batch) // 2
-                logging.getLogger("ferdlib").warning(
-                    "out of memory with %d samples at a time; going on with %d",
-                    len(batch),
-                    self.batch_size,
-                )
+                said = "out of memory with %d samples at a time; going on with %d"
+                logging.getLogger("ferdlib").warning(said, len(batch), self.batch_size)
         return results
 
 
 def clean(setting: Setting, block: Block) -> Outcome:
     """Judge the images as they are."""
-    predicted = setting.over(block, lambda batch: setting.classes(batch.x))
+    predicted = setting.over(block, lambda batch: setting.logits(batch.x).argmax(dim=1))
     return _single(torch.cat(predicted), block, "clean")
 
 
@@ -110,19 +102,13 @@ def attacked(
         return _autoattack(setting, spec, block, on_batch)
     attack = _custom if spec.kind == "custom" else _iterated
     parts = setting.over(block, lambda batch: attack(setting, spec, batch))
-    return Outcome(
-        torch.cat([part.predictions for part in parts]),
-        torch.cat([part.fooled_at for part in parts]),
-        parts[0].stages,
-    )
+    predictions = torch.cat([part.predictions for part in parts])
+    fooled_at = torch.cat([part.fooled_at for part in parts])
+    return Outcome(predictions, fooled_at, parts[0].stages)
 
 
 def on_survivors(
-    setting: Setting,
-    spec: AttackSpec,
-    block: Block,
-    before: Tensor,
-    on_batch: OnBatch | None = None,
+    setting: Setting, spec: AttackSpec, block: Block, before: Tensor, on_batch: OnBatch
 ) -> Outcome:
     """Attack what has withstood all `before`; a sample that fell keeps the class that it fell to."""
     # AutoAttack would spend a hundred passes on each sample that is fooled already.
@@ -193,7 +179,7 @@ def _walk(setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tenso
         early_stop=stop,
     )
     if len(alive):
-        path[steps, alive] = setting.classes(x_adv[alive])
+        path[steps, alive] = setting.logits(x_adv[alive]).argmax(dim=1)
     return path
 
 
@@ -241,16 +227,13 @@ def _custom(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
     change = float((x_adv - block.x).abs().max())
     if not change <= spec.eps + 1e-6:
         raise InvalidValue(f"{wanted} stay within `eps` {spec.eps:g}, got a change of {change:g}")
-    low, high = setting.bounds
-    if float(x_adv.min()) < low or float(x_adv.max()) > high:
-        values = f"[{x_adv.min():g}, {x_adv.max():g}]"
-        raise InvalidValue(
-            f"{wanted} stay inside bounds [{low:g}, {high:g}], got values in {values}"
-        )
-    return _single(setting.classes(x_adv), block, spec.name)
+    (low, high), least, most = setting.bounds, float(x_adv.min()), float(x_adv.max())
+    if least < low or most > high:
+        came = f"values in [{least:g}, {most:g}]"
+        raise InvalidValue(f"{wanted} stay inside bounds [{low:g}, {high:g}], got {came}")
+    return _single(setting.logits(x_adv).argmax(dim=1), block, spec.name)
 
 
 def _single(predicted: Tensor, block: Block, stage: str) -> Outcome:
     """Outcome of a single stage."""
-    withstood = predicted == block.targets
-    return Outcome(predicted.cpu(), withstood.long().cpu(), (stage,))
+    return Outcome(predicted.cpu(), (predicted == block.targets).long().cpu(), (stage,))

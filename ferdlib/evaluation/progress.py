@@ -24,10 +24,8 @@ class Progress:
             title = shown if isinstance(shown, str) else "evaluate"
             self.bar = tqdm(total=samples, unit="sample", desc=title)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -38,6 +36,7 @@ class Progress:
 
     def member(self, name: str, robust: Tensor) -> None:
         """Show a member of AutoAttack after each of its batches."""
+        # Reading the flags would stall an accelerator for nothing without a bar.
         if self.bar is not None:
             self.say(f"{name}, {int(robust.sum())} of {len(robust)} left")
 
@@ -50,10 +49,8 @@ class Progress:
         self.counts[1] += torch.bincount(targets[robust], minlength=len(self.names))
         accuracy = self.counts[1].double() / self.counts[0]
         worst = int(accuracy.nan_to_num(nan=2.0).argmin())
-        figures = (
-            f"worst case {100 * float(accuracy.nanmean()):.1f} %, worst class "
-            f"{100 * float(accuracy[worst]):.1f} % ({self.names[worst]})"
-        )
+        average, least = 100 * float(accuracy.nanmean()), 100 * float(accuracy[worst])
+        figures = f"worst case {average:.1f} %, worst class {least:.1f} % ({self.names[worst]})"
         self.figures = f"; {figures}"
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update(len(block))

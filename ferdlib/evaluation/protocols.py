@@ -43,8 +43,7 @@ class AttackSpec:
         survivors: of AutoAttack: attack only what is classified correctly and withstood every attack before it
             in the protocol. Its column is then the worst case over the protocol up to it.
 
-    Raises:
-        TypeError, ValueError: on a setting of the wrong type or out of range, or one that the kind does not have.
+    A setting that the kind does not have is refused: it would suggest an attack that was not run.
 
     Example:
         >>> AttackSpec(name="PGD-50", kind="pgd", eps=8 / 255, step_size=1 / 255, steps=50, restarts=5).judge
@@ -68,9 +67,8 @@ class AttackSpec:
     def __post_init__(self) -> None:
         _check_name(self.name)
         if self.name in ("clean", "worst case"):
-            raise InvalidValue(
-                f"expected another `name` than those that every report has, got {self.name!r}"
-            )
+            wanted = "another `name` than those that every report has"
+            raise InvalidValue(f"expected {wanted}, got {self.name!r}")
         _checks.choice(tuple(SETTINGS), kind=self.kind)
         _checks.real(0, eps=self.eps, confidence=self.confidence)
         if self.kind == "autoattack":
@@ -83,14 +81,12 @@ class AttackSpec:
         _checks.choice(tuple(VERSIONS), version=self.version)
         _checks.choice((False, True), survivors=self.survivors)
         _checks.integer(1, restarts=self.restarts, batch_size=self.batch_size)
-        # A setting that would do nothing is refused: it would suggest an attack that was not run.
         for setting in fields(self):
             value = getattr(self, setting.name)
             known = setting.name in ("name", "kind", "eps", *SETTINGS[self.kind])
             if not known and value != setting.default:
-                raise InvalidValue(
-                    f"expected no `{setting.name}` for kind {self.kind!r}, got {value!r}"
-                )
+                wanted = f"no `{setting.name}` for kind {self.kind!r}"
+                raise InvalidValue(f"expected {wanted}, got {value!r}")
 
     @property
     def iterated(self) -> bool:
@@ -122,9 +118,6 @@ class Protocol:
         attacks: at least one, from weak to strong: the first that fools a sample is its winner.
         seed: of all noise, >= 0.
 
-    Raises:
-        TypeError, ValueError: no attacks, two of one name, or settings of the wrong type.
-
     Example:
         >>> mine = PROTOCOLS["fair-ard"].at(eps=4 / 255).without("AutoAttack")
         >>> [attack.name for attack in mine.attacks]
@@ -149,9 +142,8 @@ class Protocol:
         # AutoAttack's batches are the blocks of an evaluation, of which there is one size.
         sizes = {attack.batch_size for attack in attacks if attack.kind == "autoattack"}
         if len(sizes) > 1:
-            raise InvalidValue(
-                f"expected one `batch_size` for all AutoAttacks, got {sorted(sizes)}"
-            )
+            came = sorted(sizes)
+            raise InvalidValue(f"expected one `batch_size` for all AutoAttacks, got {came}")
         _checks.integer(0, seed=self.seed)
 
     @public
@@ -161,11 +153,11 @@ class Protocol:
         attacks = []
         for attack in self.attacks:
             step = attack.step_size
-            if step is not None and attack.eps == 0:
-                raise InvalidValue(
-                    f"expected attacks with an `eps` to scale, got 0 in {attack.name!r}"
-                )
-            step = None if step is None else step / attack.eps * eps
+            if step is not None:
+                if attack.eps == 0:
+                    came = f"0 in {attack.name!r}"
+                    raise InvalidValue(f"expected attacks with an `eps` to scale, got {came}")
+                step = step / attack.eps * eps
             attacks.append(replace(attack, eps=eps, step_size=step))
         return replace(self, name=f"{self.name}, eps {_pixels(eps)}", attacks=tuple(attacks))
 
@@ -183,9 +175,8 @@ class Protocol:
         """The same with AutoAttack only on what withstood the attacks before it."""
         if not any(attack.kind == "autoattack" for attack in self.attacks):
             raise InvalidValue(f"expected a protocol with an AutoAttack, got {self.name!r}")
-        attacks = (replace(a, survivors=a.kind == "autoattack") for a in self.attacks)
-        name = f"{self.name}, AutoAttack on survivors"
-        return replace(self, name=name, attacks=tuple(attacks))
+        attacks = tuple(replace(a, survivors=a.kind == "autoattack") for a in self.attacks)
+        return replace(self, name=f"{self.name}, AutoAttack on survivors", attacks=attacks)
 
     @public
     def with_seed(self, seed: int) -> Protocol:
@@ -193,8 +184,7 @@ class Protocol:
         return replace(self, seed=seed)
 
     def __str__(self) -> str:
-        lines = [f"{self.name} (seed {self.seed})", *(f"  {attack}" for attack in self.attacks)]
-        return "\n".join(lines)
+        return "\n  ".join([f"{self.name} (seed {self.seed})", *map(str, self.attacks)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -204,22 +194,16 @@ class Protocol:
     @staticmethod
     @public
     def from_dict(content: Mapping[str, Any]) -> Protocol:
-        """Read what `to_dict` gave.
-
-        Raises:
-            TypeError, ValueError: something else.
-        """
+        """Read what `to_dict` gave; TypeError or ValueError for something else."""
         _checks.keys(("name", "seed", "attacks"), content=content)
         # An older report may lack a setting, which then has its default; one that is unknown may matter.
         known = {field.name for field in fields(AttackSpec)}
         for entry in content["attacks"]:
             if not isinstance(entry, Mapping):
                 raise InvalidType(f"expected `content['attacks']` to be of dicts, got {got(entry)}")
-            if entry.keys() - known:
-                raise InvalidValue(
-                    f"expected the settings {sorted(known)} of an attack, got also "
-                    f"{sorted(entry.keys() - known)}"
-                )
+            if more := sorted(entry.keys() - known):
+                settings = f"the settings {sorted(known)} of an attack"
+                raise InvalidValue(f"expected {settings}, got also {more}")
         attacks = tuple(AttackSpec(**entry) for entry in content["attacks"])
         return Protocol(name=content["name"], attacks=attacks, seed=content["seed"])
 
@@ -239,16 +223,15 @@ _FGSM = AttackSpec(name="FGSM", kind="pgd", eps=8 / 255, step_size=8 / 255, step
 _PGD = AttackSpec(name="PGD-20", kind="pgd", eps=8 / 255, step_size=2 / 255, steps=20)
 _CW = AttackSpec(name="CW-inf", kind="cw", eps=8 / 255, step_size=2 / 255, steps=20)
 _AUTOATTACK = AttackSpec(name="AutoAttack", kind="autoattack", eps=8 / 255)
-_NAMED: dict[str, tuple[AttackSpec, ...]] = {
-    "fair-ard": (replace(_FGSM, start="normal"), _PGD, _CW, _AUTOATTACK),
-    "ferd": (_FGSM, _PGD, _CW, _AUTOATTACK),
-    "trades": (replace(_PGD, eps=0.031, step_size=0.003),),
-    "robustbench": (_AUTOATTACK,),
-    "quick": (_FGSM, replace(_PGD, name="PGD-10", steps=10)),
-}
-
 PROTOCOLS: Mapping[str, Protocol] = {
-    name: Protocol(name=name, attacks=attacks) for name, attacks in _NAMED.items()
+    name: Protocol(name=name, attacks=attacks)
+    for name, attacks in {
+        "fair-ard": (replace(_FGSM, start="normal"), _PGD, _CW, _AUTOATTACK),
+        "ferd": (_FGSM, _PGD, _CW, _AUTOATTACK),
+        "trades": (replace(_PGD, eps=0.031, step_size=0.003),),
+        "robustbench": (_AUTOATTACK,),
+        "quick": (_FGSM, replace(_PGD, name="PGD-10", steps=10)),
+    }.items()
 }
 """The protocols that `evaluate` knows by name.
 
@@ -268,7 +251,6 @@ def resolve_protocol(protocol: object) -> Protocol:
         _checks.choice(tuple(PROTOCOLS), protocol=protocol)
         return PROTOCOLS[protocol]
     if not isinstance(protocol, Protocol):
-        raise InvalidType(
-            f"expected `protocol` as a Protocol or the name of one, got {got(protocol)}"
-        )
+        wanted = "a Protocol or the name of one"
+        raise InvalidType(f"expected `protocol` as {wanted}, got {got(protocol)}")
     return protocol

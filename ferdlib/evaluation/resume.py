@@ -33,9 +33,8 @@ class Records:
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(f"no permission to write in {str(self.folder)!r}")
         except OSError as error:
-            raise OSError(
-                f"evaluate: expected `resume` to be a folder that can be written, got {error}"
-            ) from error
+            wanted = "`resume` to be a folder that can be written"
+            raise OSError(f"evaluate: expected {wanted}, got {error}") from error
         found = self._read("header.json")
         if found is not None and found != header:
             names = sorted(k for k in header.keys() | found.keys() if header.get(k) != found.get(k))
@@ -81,10 +80,8 @@ class Records:
         self._write(_file(attack, number), content)
 
     def _other(self, wanted: str, came: str) -> InvalidValue:
-        return InvalidValue(
-            f"expected the {wanted} that `resume` {str(self.folder)!r} was begun with, got {came}; give "
-            f"another folder"
-        )
+        begun = f"that `resume` {str(self.folder)!r} was begun with"
+        return InvalidValue(f"expected the {wanted} {begun}, got {came}; give another folder")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -97,10 +94,9 @@ class Records:
             content, sealed = {}, None
         # A file that was edited or cut short may still be valid JSON.
         if sealed != _seal(content):
-            raise InvalidValue(
-                f"expected `resume` to hold complete files, got a damaged {str(path)!r}; delete that file and "
-                f"its part is computed again"
-            )
+            remedy = "delete that file and its part is computed again"
+            came = f"a damaged {str(path)!r}"
+            raise InvalidValue(f"expected `resume` to hold complete files, got {came}; {remedy}")
         return content
 
     def _write(self, name: str, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,14 +23,8 @@ from ferdlib._checks import InvalidType, InvalidValue, got, public
 from ferdlib._modes import borrowed
 from ferdlib.attacks.ascent import Model, checked_bounds
 from ferdlib.checkpoints import digest
-from ferdlib.evaluation.attack import (
-    CustomAttack,
-    Outcome,
-    Setting,
-    attacked,
-    clean,
-    on_survivors,
-)
+from ferdlib.evaluation import attack
+from ferdlib.evaluation.attack import CustomAttack, Outcome, Setting
 from ferdlib.evaluation.progress import Progress
 from ferdlib.evaluation.protocols import Protocol, resolve_protocol
 from ferdlib.evaluation.report import RobustnessReport
@@ -96,13 +91,9 @@ def evaluate(
         trust: also run `trust_checks`, on at least two samples of each class.
         progress: a bar with the running worst-case accuracies (needs tqdm), under this name if it is a string.
 
-    Returns:
-        A `RobustnessReport`.
-
     Raises:
-        TypeError, ValueError: an argument of the wrong type or range; no samples, or in random order; labels
-            beyond `num_classes`; images outside the bounds; logits of another shape; a folder that belongs to
-            another evaluation; a model that `fast` cannot copy.
+        TypeError, ValueError: an argument of the wrong type or range; no samples, or in random order; logits of
+            another shape; a folder that belongs to another evaluation; a model that `fast` cannot copy.
         RuntimeError: NaN in the model's logits, or in the gradients of an attack.
         OSError: a folder that cannot be written.
 
@@ -124,7 +115,8 @@ def evaluate(
     _checks.integer(1, batch_size=batch_size)
     names = _names("class_names", class_names, num_classes)
     low, high = checked_bounds(bounds)
-    custom = _checked_custom(protocol, custom)
+    custom = {} if custom is None else custom
+    _check_custom(protocol, custom)
     # On the host, where they are indexed by the samples.
     if groups is not None:
         groups = _checked_groups(groups)
@@ -140,8 +132,17 @@ def evaluate(
     if sizes and (low, high) != (0.0, 1.0):
         raise InvalidValue(f"expected `bounds` (0, 1) for AutoAttack, got ({low:g}, {high:g})")
     size = sizes.pop() if sizes else samples.batch_size
+    judged = model
+    if fast:
+        try:
+            with torch.inference_mode(False):
+                judged = freeze_for_attack(model)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            kind = InvalidType if isinstance(error, TypeError) else InvalidValue
+            wanted = "a `model` that can be copied for `fast`"
+            raise kind(f"expected {wanted}, got {error}") from error
     setting = Setting(
-        model=_copy(model) if fast else model,
+        model=judged,
         num_classes=num_classes,
         bounds=(low, high),
         seed=protocol.seed,
@@ -164,8 +165,8 @@ def evaluate(
     run = _Run(setting, protocol, records, where)
     # The trust checks need a few samples, and run after the report.
     few = FewOfEach(num_classes)
-    total = None if samples.index is None else len(samples.index)
-    with torch.inference_mode(False), borrowed(model), Progress(total, names, progress) as bar:
+    bar = Progress(None if samples.index is None else len(samples.index), names, progress)
+    with torch.inference_mode(False), borrowed(model), closing(bar):
         for block in samples.blocks(size):
             _checks.images((low, high), data=block.x)
             _check_covered(groups, block.index)
@@ -174,12 +175,8 @@ def evaluate(
                 few.add(block)
     if not run.blocks:
         raise InvalidValue("expected `data` with at least one sample, got none")
-    report = run.report(
-        class_names=names,
-        groups=groups,
-        group_names=tuple(group_names or ()),
-        manifest=_manifest(model, where, fast, fingerprint),
-    )
+    manifest = _manifest(model, where, fast, fingerprint)
+    report = run.report(names, groups, tuple(group_names or ()), manifest)
     if not trust:
         return report
     findings = trust_checks(
@@ -224,13 +221,13 @@ class _Run:
             found = self.records.load(name, number, digest) if self.records is not None else None
             if found is None:
                 # A resumed run keeps the seconds that the work took.
-                start = time.perf_counter()
-                if name == "clean":
-                    outcome = clean(self.setting, here)
-                elif specs[name].survivors:
-                    outcome = on_survivors(self.setting, specs[name], here, before, bar.member)
+                start, spec = time.perf_counter(), specs.get(name)
+                if spec is None:
+                    outcome = attack.clean(self.setting, here)
+                elif spec.survivors:
+                    outcome = attack.on_survivors(self.setting, spec, here, before, bar.member)
                 else:
-                    outcome = attacked(self.setting, specs[name], here, bar.member)
+                    outcome = attack.attacked(self.setting, spec, here, bar.member)
                 found = outcome, time.perf_counter() - start
                 if self.records is not None:
                     self.records.save(name, number, digest, *found)
@@ -243,9 +240,8 @@ class _Run:
 
     def report(
         self,
-        *,
-        groups: Tensor | None,
         class_names: tuple[str, ...],
+        groups: Tensor | None,
         group_names: tuple[str, ...],
         manifest: dict[str, Any],
     ) -> RobustnessReport:
@@ -276,11 +272,10 @@ class _Run:
             manifest={**manifest, "data": data, "bounds": list(self.setting.bounds)},
             timing={"created": created, "seconds": self.seconds},
         )
-        for row, count in zip(report.row_names, report["clean"].totals.tolist(), strict=True):
+        said = "evaluate: no samples of %r; it is left out of every figure"
+        for row, count in zip(report.row_names, report["clean"].totals, strict=True):
             if count == 0:
-                logging.getLogger("ferdlib").warning(
-                    "evaluate: no samples of %r; it is left out of every figure", row
-                )
+                logging.getLogger("ferdlib").warning(said, row)
         return report
 
 
@@ -313,16 +308,6 @@ def _manifest(
     }
 
 
-def _copy(model: Model) -> Model:
-    """Make the copy that is attacked in place of the model."""
-    try:
-        with torch.inference_mode(False):
-            return freeze_for_attack(model)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        kind = InvalidType if isinstance(error, TypeError) else InvalidValue
-        raise kind(f"expected a `model` that can be copied for `fast`, got {error}") from error
-
-
 def _names(argument: str, names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if names is None:
         return tuple(map(str, range(count)))
@@ -334,9 +319,8 @@ def _names(argument: str, names: Sequence[str] | None, count: int) -> tuple[str,
 
 
 def _checked_groups(groups: Tensor) -> Tensor:
-    _checks.tensor(groups=groups)
-    groups = groups.cpu()
     _checks.labels(groups=groups)
+    groups = groups.cpu()
     if len(groups) == 0 or int(groups.min()) < 0 or int(groups.max()) < 1:
         came = f"values in {groups.min()}..{groups.max()}" if len(groups) else "none"
         raise InvalidValue(f"expected at least two `groups`, from 0 on, got {came}")
@@ -345,21 +329,14 @@ def _checked_groups(groups: Tensor) -> Tensor:
 
 def _check_covered(groups: Tensor | None, index: Tensor) -> None:
     if groups is not None and len(index) and int(index.max()) >= len(groups):
-        raise InvalidValue(
-            f"expected `groups` for every index of `data`, got {len(groups)} for an index of {index.max()}"
-        )
+        came = f"{len(groups)} for an index of {index.max()}"
+        raise InvalidValue(f"expected `groups` for every index of `data`, got {came}")
 
 
-def _checked_custom(
-    protocol: Protocol, custom: Mapping[str, CustomAttack] | None
-) -> Mapping[str, CustomAttack]:
-    asked = {spec.name for spec in protocol.attacks if spec.kind == "custom"}
-    given = {} if custom is None else custom
-    if not isinstance(given, Mapping):
-        raise InvalidType(f"expected `custom` as attacks by name, got {got(given)}")
-    if asked != set(given):
-        raise InvalidValue(
-            f"expected `custom` to hold the protocol's attacks of kind 'custom', {sorted(asked)}, got "
-            f"{sorted(given)}"
-        )
-    return given
+def _check_custom(protocol: Protocol, custom: Mapping[str, CustomAttack]) -> None:
+    if not isinstance(custom, Mapping):
+        raise InvalidType(f"expected `custom` as attacks by name, got {got(custom)}")
+    asked = sorted(spec.name for spec in protocol.attacks if spec.kind == "custom")
+    if asked != sorted(custom):
+        wanted = f"the protocol's attacks of kind 'custom', {asked}"
+        raise InvalidValue(f"expected `custom` to hold {wanted}, got {sorted(custom)}")

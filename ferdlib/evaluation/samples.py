@@ -79,10 +79,7 @@ class Block:
 class Samples:
     """The samples of a pair of tensors, a data set or a loader, in their order.
 
-    The index of a sample is its place in the data set (a `Subset`'s in the whole), where the order is known
-    beforehand: for tensors, a data set, and a loader that is sequential or has a `DistributedSampler`. For other
-    iterables it is the running number. A loader that shuffles is refused: it would number the samples differently
-    each time.
+    A loader that shuffles is refused: it would number the samples differently each time.
 
     Attributes:
         index: int64 of all samples, None if only the running number is known.
@@ -101,9 +98,8 @@ class Samples:
             # With a generator of its own, because a loader draws a seed from the global one.
             data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
         if not isinstance(data, Iterable):
-            raise InvalidType(
-                f"expected `data` to be a DataLoader, a Dataset or a pair of tensors, got {got(data)}"
-            )
+            wanted = "a DataLoader, a Dataset or a pair of tensors"
+            raise InvalidType(f"expected `data` to be {wanted}, got {got(data)}")
         self.batches, self.batch_size = data, getattr(data, "batch_size", None) or batch_size
         if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
             self.index = _known_order(data)
@@ -117,8 +113,7 @@ class Samples:
             while sum(map(len, held)) >= size:
                 joined = Block.joined(held)
                 yield joined[:size]
-                rest = joined[size:]
-                held = [rest] if len(rest) else []
+                held = [joined[size:]] if len(joined) > size else []
         if held:
             yield Block.joined(held)
 
@@ -126,27 +121,22 @@ class Samples:
         done = 0
         for batch in self.batches:
             if not isinstance(batch, Sequence) or len(batch) != 2:
-                raise InvalidType(
-                    f"expected batches of `data` to be pairs of images and labels, got {got(batch)}"
-                )
+                wanted = "pairs of images and labels"
+                raise InvalidType(f"expected batches of `data` to be {wanted}, got {got(batch)}")
             x, targets = batch
-            block = self._block(x, targets, done)
-            done += len(block)
-            if len(block):
-                yield block
-
-    def _block(self, x: Tensor, targets: Tensor, done: int) -> Block:
-        _checks.images(data=x)
-        _checks.tensor(**{"labels of data": targets})
-        # On the host, where their range can be read.
-        labels = targets.cpu()
-        _checks.labels(num_classes=self.num_classes, **{"labels of data": labels})
-        if len(labels) != len(x):
-            raise InvalidValue(f"expected {len(x)} `labels of data`, got {len(labels)}")
-        index = torch.arange(done, done + len(x))
-        # A tensor of `torch.inference_mode` cannot take part in autograd; its copy can.
-        x, labels = (v.clone() if v.is_inference() else v for v in (x, labels))
-        return Block(index if self.index is None else self.index[index], x, labels)
+            _checks.images(data=x)
+            _checks.tensor(**{"labels of data": targets})
+            # On the host, where their range can be read.
+            labels = targets.cpu()
+            _checks.labels(num_classes=self.num_classes, **{"labels of data": labels})
+            if len(labels) != len(x):
+                raise InvalidValue(f"expected {len(x)} `labels of data`, got {len(labels)}")
+            index = torch.arange(done, done + len(x))
+            # A tensor of `torch.inference_mode` cannot take part in autograd; its copy can.
+            x, labels = (v.clone() if v.is_inference() else v for v in (x, labels))
+            done += len(x)
+            if len(x):
+                yield Block(index if self.index is None else self.index[index], x, labels)
 
 
 def _known_order(loader: DataLoader[Any]) -> Tensor | None:
@@ -156,10 +146,9 @@ def _known_order(loader: DataLoader[Any]) -> Tensor | None:
         return None
     sampler = loader.batch_sampler.sampler
     if isinstance(sampler, RANDOM):
-        raise InvalidValue(
-            f"expected `data` in a fixed order, got a DataLoader with a {type(sampler).__name__}; give its "
-            f"data set, or a loader with shuffle=False"
-        )
+        remedy = "give its data set, or a loader with shuffle=False"
+        came = f"a DataLoader with a {type(sampler).__name__}"
+        raise InvalidValue(f"expected `data` in a fixed order, got {came}; {remedy}")
     if not isinstance(sampler, REPEATABLE):
         return None
     index = torch.tensor([_original(loader.dataset, i) for i in sampler], dtype=torch.int64)
