@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+# Importing torch takes longer than most of the work: one server imports it, and each process is a fork of that.
+multiprocessing.set_forkserver_preload(["torch", "ferdlib.trainer.trainer", "ferdlib.methods"])
+
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """`work(rank, size, *args)` on each; results must be what `torch.save` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_enter, (size, folder, work, args), nprocs=size)
+        multiprocessing.start_processes(
+            _enter, (size, folder, work, args), nprocs=size, start_method="forkserver"
+        )
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(size)]
 
 
@@ -30,7 +35,7 @@ def _enter(
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=180),
     )
     try:
         torch.save(work(rank, size, *args), Path(folder, f"{rank}.pt"))
