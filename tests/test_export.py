@@ -115,7 +115,8 @@ def test_the_files_hold_no_images_and_no_paths(finished):
 
 def judged(printed):
     """Average, worst class and NSD of each judge: clean, and under the attack."""
-    lines = [line.split() for line in printed.splitlines()]
+    # A model without a right answer has no NSD.
+    lines = [line.replace(" - ", " nan ").split() for line in printed.splitlines()]
     rows = {line[0]: line[1:] for line in lines if line and line[0] in ("PyTorch", "ONNX")}
     return {
         name: [[float(n) for n in row[k : k + 3]] for k in (0, 3)] for name, row in rows.items()

@@ -98,7 +98,7 @@ def test_wrong_input_gets_one_sentence_and_nothing_is_written(folder, tmp_path):
         (["--teacher", small, *known], "missing: "),
         (["--teacher", truncated, *known], "is it complete"),
         (["--teacher", small], "`architecture`"),
-        (["--teacher", two], "classes"),
+        (["--teacher", two], "`teacher` to return logits of shape (N, 3)"),
         (["--teacher", "None"], "expected --teacher, a checkpoint of a robust model, got none"),
         (["--image-shape", 3, 16, 16], "--image-shape to be the data's, (3, 8, 8), got"),
         (["--num-classes", 4], "--num-classes to be the data's, 3, got 4"),

@@ -132,7 +132,8 @@ def test_the_fast_copies_follow():
     x = torch.rand(4, 1, 8, 8)
     assert torch.allclose(trainer._fast_teacher(x), other.eval()(x), atol=1e-5)
     method = trainer.method
-    attacked = method._fast(trainer.student)
+    method.attack(trainer.student, x, torch.zeros(4, dtype=torch.int64))
+    attacked = method._copy
     assert isinstance(attacked, FrozenModel)
     assert len(attacked.folded) == 4
     assert torch.allclose(attacked(x), trainer.student.eval()(x), atol=1e-5)
@@ -149,5 +150,5 @@ def test_a_student_that_cannot_be_traced_is_attacked_itself(caplog):
     trainer = FERDTrainer(teacher, student, config=config)
     with caplog.at_level("INFO", logger="ferdlib"):
         trainer.fit()
-    assert trainer.method._fast(student) is student
+    assert trainer.method._copy is student
     assert caplog.text.count("it is attacked as it is") == 1
