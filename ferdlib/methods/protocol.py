@@ -134,7 +134,7 @@ class Stateful:
 
 @dataclass(kw_only=True)
 class Rule(Stateful):
-    """How a method weighs the classes; a subclass overrides what it changes.
+    """Base of the rules, which weigh the classes in a method; a subclass overrides what it changes.
 
     A rule belongs to one method, which gives it `num_classes` and calls everything else here.
 
@@ -283,7 +283,7 @@ class Adversarial(Stateful):
 
     @property
     def needs_validation(self) -> bool:
-        """Whether the rule learns from images that are not trained on."""
+        """True where the rule learns from images that are not trained on."""
         return self.rule.needs_validation
 
     @public
