@@ -28,8 +28,10 @@ CUTS = {
     "resnet18": RESNET,
     "resnet34": RESNET,
     "resnet56": {"layer1": (16, 1), "layer2": (32, 2), "layer3": (64, 4)},
+    "resnet56_padding_shortcut": {"layer1": (16, 1), "layer2": (32, 2), "layer3": (64, 4)},
     "preact_resnet18": RESNET | {"bn": (512, 8)},
     "preact_resnet34": RESNET | {"bn": (512, 8)},
+    "preact_resnet18_input_shortcut": RESNET | {"bn": (512, 8)},
     "mobilenet_v2": {"layers": (320, 8), "bn2": (1280, 8)},
     "wide_resnet_10_2": {"block1": (32, 1), "block2": (64, 2), "block3": (128, 4), "bn1": (128, 4)},
     "small_cnn_3": {"layer1": (3, 1), "layer2": (6, 1), "layer3": (6, 2), "layer4": (6, 2)},
@@ -100,6 +102,8 @@ def test_wide_resnet_parameter_count(depth, width, num_classes, published):
         ("preact_resnet18", 11_173_962 - 128 - 1792 - 896 + 1024),
         ("preact_resnet34", 21_282_122 - 128 - 1792 - 896 + 1024),
         ("resnet56", 855_770),
+        # Without the two projections and their BatchNorms: c c / 2 + 2 c of c = 32 and 64.
+        ("resnet56_padding_shortcut", 855_770 - 576 - 2176),
         ("mobilenet_v2", 2_296_922),
     ],
 )
@@ -255,11 +259,13 @@ class WrittenOut:
         return pooled @ self.weights[f"{layer}.weight"].T + self.weights[f"{layer}.bias"]
 
 
-def pre_activation(net, x, block, stride, shortcut):
-    """He et al. 2016b: y = s + W2 relu(bn2(W1 a)), a = relu(bn1(x)); s is x, or W a where there is a W."""
+def pre_activation(net, x, block, stride, shortcut, of_input=False):
+    """He et al. 2016b: y = s + W2 relu(bn2(W1 a)), a = relu(bn1(x)); s is x, or W a (W x) where there is a W."""
     a = net.bn(x, f"{block}.bn1").relu()
     inner = net.bn(net.conv(a, f"{block}.conv1", stride), f"{block}.bn2").relu()
-    s = net.conv(a, f"{block}.{shortcut}", stride) if f"{block}.{shortcut}" in net else x
+    s = x
+    if f"{block}.{shortcut}" in net:
+        s = net.conv(x if of_input else a, f"{block}.{shortcut}", stride)
     return s + net.conv(inner, f"{block}.conv2")
 
 
@@ -272,17 +278,21 @@ def wide_written_out(net, x, blocks):
     return net.logits(net.bn(z, "bn1").relu(), "fc")
 
 
-def preact_written_out(net, x, blocks):
+def preact_written_out(net, x, blocks, of_input=False):
     z = net.conv(x, "conv1")
     for stage, (count, first_stride) in enumerate(zip(blocks, (1, 2, 2, 2), strict=True), start=1):
         for k in range(count):
             stride = first_stride if k == 0 else 1
-            z = pre_activation(net, z, f"layer{stage}.{k}", stride, "shortcut.0")
+            z = pre_activation(net, z, f"layer{stage}.{k}", stride, "shortcut.0", of_input)
     return net.logits(net.bn(z, "bn").relu(), "linear")
 
 
+def input_shortcut_written_out(net, x, blocks):
+    return preact_written_out(net, x, blocks, of_input=True)
+
+
 def resnet_written_out(net, x, blocks):
-    """He et al. 2016a: y = relu(s + bn2(W2 relu(bn1(W1 x)))); s is x, or bn(W x) where there is a W."""
+    """He et al. 2016a: y = relu(s + bn2(W2 relu(bn1(W1 x)))); s is x, bn(W x), or x between zeros."""
     z = net.bn(net.conv(x, "conv1"), "bn1").relu()
     for stage, count in enumerate(blocks, start=1):
         for k in range(count):
@@ -292,6 +302,9 @@ def resnet_written_out(net, x, blocks):
             if f"{block}.downsample.0" in net:
                 z = net.conv(z, f"{block}.downsample.0", stride)
                 z = net.bn(z, f"{block}.downsample.1")
+            elif stride == 2:
+                zeros = torch.zeros_like(inner[:, : z.shape[1] // 2])
+                z = torch.cat((zeros, z[:, :, ::2, ::2], zeros), dim=1)
             z = (z + inner).relu()
     return net.logits(z, "fc")
 
@@ -318,9 +331,12 @@ def mobilenet_written_out(net, x, strides):
         ("wide_resnet_16_2", wide_written_out, 2),
         ("preact_resnet18", preact_written_out, (2, 2, 2, 2)),
         ("preact_resnet34", preact_written_out, (3, 4, 6, 3)),
+        ("preact_resnet18_input_shortcut", input_shortcut_written_out, (2, 2, 2, 2)),
+        ("preact_resnet34_input_shortcut", input_shortcut_written_out, (3, 4, 6, 3)),
         ("resnet18", resnet_written_out, (2, 2, 2, 2)),
         ("resnet34", resnet_written_out, (3, 4, 6, 3)),
         ("resnet56", resnet_written_out, (9, 9, 9)),
+        ("resnet56_padding_shortcut", resnet_written_out, (9, 9, 9)),
         ("mobilenet_v2", mobilenet_written_out, [1, 1, 1, 2, 1, 1, 2] + [1] * 6 + [2, 1, 1, 1]),
     ],
 )

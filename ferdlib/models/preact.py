@@ -5,11 +5,15 @@ Submodules carry the names of the public implementations, so that their checkpoi
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
+
+Shortcut = Literal["activation", "input"]
 
 
 class WideResNet(nn.Module):
@@ -45,7 +49,8 @@ class WideResNet(nn.Module):
 class PreActResNet(nn.Module):
     """PreActResNet (He et al. 2016b) with a final BatchNorm, named as in the releases of FERD and CFA.
 
-    Made by `preact_resnet18` and `preact_resnet34`.
+    Made by `preact_resnet18` and `preact_resnet34`. Two public networks have these names and shapes; they
+    differ in what the convolution of a shortcut takes.
 
     Attributes:
         feature_layers: names that `bottleneck.split_at` can cut. The last, "bn", is the counterpart of
@@ -55,14 +60,19 @@ class PreActResNet(nn.Module):
     feature_layers = ("layer1", "layer2", "layer3", "layer4", "bn")
 
     def __init__(
-        self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int
+        self,
+        blocks: tuple[int, int, int, int],
+        num_classes: int,
+        in_channels: int,
+        shortcut: Shortcut = "activation",
     ) -> None:
         super().__init__()
+        block = _PreActBlock if shortcut == "activation" else _InputShortcutBlock
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.layer1 = _stage(_PreActBlock, blocks[0], 64, 64, stride=1)
-        self.layer2 = _stage(_PreActBlock, blocks[1], 64, 128, stride=2)
-        self.layer3 = _stage(_PreActBlock, blocks[2], 128, 256, stride=2)
-        self.layer4 = _stage(_PreActBlock, blocks[3], 256, 512, stride=2)
+        self.layer1 = _stage(block, blocks[0], 64, 64, stride=1)
+        self.layer2 = _stage(block, blocks[1], 64, 128, stride=2)
+        self.layer3 = _stage(block, blocks[2], 128, 256, stride=2)
+        self.layer4 = _stage(block, blocks[3], 256, 512, stride=2)
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
         _initialise(self)
@@ -106,37 +116,49 @@ def wide_resnet(
 
 
 @public
-def preact_resnet18(num_classes: int = 10, *, in_channels: int = 3) -> PreActResNet:
+def preact_resnet18(
+    num_classes: int = 10, *, in_channels: int = 3, shortcut: Shortcut = "activation"
+) -> PreActResNet:
     """Build PreActResNet-18 for 32x32 and 64x64 images: 11.17 M parameters, 2.22 GMAC at 64x64.
 
-    Arguments, result and errors are those of `resnet18`.
+    Other arguments, result and errors are those of `resnet18`.
+
+    Args:
+        num_classes: K >= 2.
+        in_channels: colour channels of the images, >= 1.
+        shortcut: "activation" if the convolution of a shortcut takes relu(bn(x)), as in the releases of FERD,
+            CFA and AWP; "input" if it takes x, as in the release of Fast Adversarial Training. No
+            checkpoint says which: their names and shapes are the same.
 
     Example:
         >>> sum(p.numel() for p in preact_resnet18(10).parameters())
         11172170
     """
-    return _preact_resnet((2, 2, 2, 2), num_classes, in_channels)
+    return _preact_resnet((2, 2, 2, 2), num_classes, in_channels, shortcut)
 
 
 @public
-def preact_resnet34(num_classes: int = 10, *, in_channels: int = 3) -> PreActResNet:
+def preact_resnet34(
+    num_classes: int = 10, *, in_channels: int = 3, shortcut: Shortcut = "activation"
+) -> PreActResNet:
     """Build PreActResNet-34, FERD's Tiny-ImageNet teacher: 21.28 M parameters, 4.64 GMAC at 64x64.
 
-    Arguments, result and errors are those of `resnet18`.
+    Arguments, result and errors are those of `preact_resnet18`.
 
     Example:
         >>> preact_resnet34(200).linear.out_features
         200
     """
-    return _preact_resnet((3, 4, 6, 3), num_classes, in_channels)
+    return _preact_resnet((3, 4, 6, 3), num_classes, in_channels, shortcut)
 
 
 def _preact_resnet(
-    blocks: tuple[int, int, int, int], num_classes: int, in_channels: int
+    blocks: tuple[int, int, int, int], num_classes: int, in_channels: int, shortcut: Shortcut
 ) -> PreActResNet:
     _checks.integer(2, num_classes=num_classes)
     _checks.integer(1, in_channels=in_channels)
-    return PreActResNet(blocks, num_classes, in_channels)
+    _checks.choice(["activation", "input"], shortcut=shortcut)
+    return PreActResNet(blocks, num_classes, in_channels, shortcut)
 
 
 class _WideStage(nn.Module):
@@ -166,8 +188,8 @@ class _Block(nn.Module):
         return z
 
 
-# The shortcuts differ in their name and in one condition. Both take the input itself where they are None,
-# and else what comes after the block's first BatchNorm and ReLU.
+# The shortcuts differ in their name and in one condition. All take the input itself where they are None,
+# and else, but for the last kind, what comes after the block's first BatchNorm and ReLU.
 class _WideBlock(_Block):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__(in_channels, out_channels, stride=stride)
@@ -193,6 +215,12 @@ class _PreActBlock(_Block):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
         return self.residual(active) + (x if self.shortcut is None else self.shortcut(active))
+
+
+class _InputShortcutBlock(_PreActBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.residual(F.relu(self.bn1(x)))
+        return residual + (x if self.shortcut is None else self.shortcut(x))
 
 
 def _stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 from typing_extensions import deprecated
@@ -19,6 +20,11 @@ NAMED: dict[str, Callable[..., nn.Module]] = {
     f.__name__: f
     for f in (resnet18, resnet34, resnet56, preact_resnet18, preact_resnet34, mobilenet_v2)
 }
+NAMED |= {
+    "resnet56_padding_shortcut": partial(resnet56, shortcut="padding"),
+    "preact_resnet18_input_shortcut": partial(preact_resnet18, shortcut="input"),
+    "preact_resnet34_input_shortcut": partial(preact_resnet34, shortcut="input"),
+}
 
 
 @public
@@ -27,7 +33,9 @@ def build_model(architecture: str, num_classes: int = 10, *, in_channels: int = 
 
     Args:
         architecture: "resnet18", "resnet34", "resnet56", "preact_resnet18", "preact_resnet34",
-            "mobilenet_v2", "wide_resnet_DEPTH_WIDTH" such as "wide_resnet_34_10", or "small_cnn_WIDTH".
+            "mobilenet_v2", "wide_resnet_DEPTH_WIDTH" such as "wide_resnet_34_10", or "small_cnn_WIDTH";
+            "resnet56_padding_shortcut", "preact_resnet18_input_shortcut" and
+            "preact_resnet34_input_shortcut" are the variants with another shortcut.
         num_classes: K >= 2.
         in_channels: colour channels of the images, >= 1.
 

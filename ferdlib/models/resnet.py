@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._checks import public
@@ -51,26 +52,40 @@ def resnet34(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
 
 
 @public
-def resnet56(num_classes: int = 10, *, in_channels: int = 3) -> nn.Module:
+def resnet56(
+    num_classes: int = 10,
+    *,
+    in_channels: int = 3,
+    shortcut: Literal["projection", "padding"] = "projection",
+) -> nn.Module:
     """Build ResNet-56 for CIFAR (He et al. 2016, section 4.2), MTARD's natural teacher: 0.86 M parameters.
 
-    Three stages of nine torchvision `BasicBlock`s with 16, 32 and 64 channels; shortcuts that change the
-    shape are 1x1 convolutions with BatchNorm. Its public checkpoints expect normalised images: wrap the
-    model in `Normalized`. Arguments, result and errors are those of `resnet18`.
+    Three stages of nine torchvision `BasicBlock`s with 16, 32 and 64 channels. Its public checkpoints
+    expect normalised images: wrap the model in `Normalized`. Other arguments, result and errors are those
+    of `resnet18`.
+
+    Args:
+        num_classes: K >= 2.
+        in_channels: colour channels of the images, >= 1.
+        shortcut: where a block changes the shape, "projection" is a 1x1 convolution with BatchNorm (the
+            paper's option B); "padding" takes every second pixel and pads the channels with zeros (option
+            A, as in Fair-ARD's release), without parameters.
 
     Example:
         >>> sum(p.numel() for p in resnet56(10).parameters())
         855770
     """
     _check_sizes(num_classes, in_channels)
+    _checks.choice(["projection", "padding"], shortcut=shortcut)
+    padding = shortcut == "padding"
     model: Any = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
             bn1=nn.BatchNorm2d(16),
             relu=nn.ReLU(inplace=True),
-            layer1=_stage(16, 16, stride=1),
-            layer2=_stage(16, 32, stride=2),
-            layer3=_stage(32, 64, stride=2),
+            layer1=_stage(16, 16, stride=1, padding=padding),
+            layer2=_stage(16, 32, stride=2, padding=padding),
+            layer3=_stage(32, 64, stride=2, padding=padding),
             avgpool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
             fc=nn.Linear(64, num_classes),
@@ -102,11 +117,21 @@ def _check_sizes(num_classes: int, in_channels: int) -> None:
     _checks.integer(1, in_channels=in_channels)
 
 
-def _stage(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
+class _PaddedShortcut(nn.Module):
+    """Every second pixel, with a quarter of the new channels as zeros on either side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = x.shape[1] // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, zeros, zeros))
+
+
+def _stage(in_channels: int, out_channels: int, *, stride: int, padding: bool) -> nn.Sequential:
     from torchvision.models.resnet import BasicBlock
 
-    shortcut = None
-    if in_channels != out_channels:
+    shortcut: nn.Module | None = None
+    if in_channels != out_channels and padding:
+        shortcut = _PaddedShortcut()
+    elif in_channels != out_channels:
         shortcut = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
             nn.BatchNorm2d(out_channels),

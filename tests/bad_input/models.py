@@ -12,6 +12,8 @@ each(models.wide_resnet, depth=[*t.integer(10), (11, ValueError, "6n + 4")])
 resnets = (models.resnet18, models.resnet34, models.resnet56)
 for function in (*resnets, models.preact_resnet18, models.preact_resnet34, models.mobilenet_v2):
     good(function)
+for function in (models.resnet56, models.preact_resnet18, models.preact_resnet34):
+    each(function, shortcut=t.CHOICE)
 
 # Sizes are refused by the function that builds the model.
 builds = "build_model|small_cnn|wide_resnet"
