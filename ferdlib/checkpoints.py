@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
+import secrets
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +18,14 @@ from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidType, InvalidValue, got, public
+from ferdlib._files import read_plain
 
 __all__ = ["Checkpoints", "digest", "write_file"]
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d{10,})\.pt")
+# Seconds after which a file that nobody has written to was left behind by a killed process.
+ABANDONED = 600
 # Types that `torch.load(weights_only=True)` reads; their subclasses, such as numpy's numbers, it does not.
 PLAIN = (type(None), bool, int, float, str, bytes)
 SEQUENCES = (list, tuple, torch.Size)
@@ -33,7 +39,8 @@ def write_file(
     """Write a file whole or not at all.
 
     The content goes to a temporary file in the same folder, is synced to the disk and then takes the name. A
-    process that is killed leaves the old file, or none.
+    process that is killed leaves the old file, or none. Two processes that write the same file do not meet: the
+    last one's is there in the end. A link in the file's place is replaced, not followed.
 
     Args:
         target: the file; its folder must exist.
@@ -50,11 +57,13 @@ def write_file(
         'whole'
     """
     final = Path(target)
-    partial = final.with_name(f"{final.name}.partial")
+    partial = final.with_name(f"{final.name}.{secrets.token_hex(4)}.partial")
     if isinstance(content, str):
         content = content.encode()
+    # A new file under a name that nobody can have planted a link at; what is there is not ours to remove.
+    opened = open(partial, "xb")  # noqa: SIM115
     try:
-        with open(partial, "wb") as file:
+        with opened as file:
             if isinstance(content, bytes):
                 file.write(content)
             else:
@@ -66,9 +75,24 @@ def write_file(
     except BaseException as error:
         partial.unlink(missing_ok=True)
         # torch raises an error of its own about a file that the system did not let it finish.
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        # A disk that is full does not say which file it was.
+        if cause.filename is None and cause.errno is not None:
+            cause.filename = str(final)
+        raise cause from None
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Delete the temporary files that killed processes have left in a folder."""
+    for file in folder.glob(f"{pattern}.partial"):
+        try:
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
+        # Another process was faster.
+        except FileNotFoundError:
+            continue
 
 
 def _sync_folder(folder: Path) -> None:
@@ -143,7 +167,7 @@ class Checkpoints:
 
     @public
     def save(self, state: dict[str, Any], step: int) -> Path:
-        """Write a state, then delete all but the last `keep`.
+        """Write a state, read it back, then delete all but the last `keep`.
 
         Files of later steps are deleted too: whoever continues from an earlier step gives them up.
 
@@ -156,18 +180,22 @@ class Checkpoints:
             The file.
 
         Raises:
-            TypeError: another kind of object in the state, by its place there; nothing is written then.
-            ValueError: a negative step.
+            TypeError: an object in the state that could not be read back, by its place there; nothing is written
+                then.
+            ValueError: a negative step, or a state that holds itself.
             OSError: a full disk, or a folder that cannot be written; what was saved before is untouched.
         """
         _checks.integer(0, step=step)
         _checks.instance(dict, state=state)
-        _check_plain(state, "state")
+        try:
+            _check_plain(state, "state")
+        except RecursionError as error:
+            raise InvalidValue("expected `state` of finite depth, got one too deep") from error
         target = self.folder / f"checkpoint-{step:010d}.pt"
         content = {"format": FORMAT, "step": step, "state": state}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(target, lambda file: torch.save(content, file))
+            write_file(target, lambda file: _save_readable(content, file))
             self._tidy(step)
         except OSError as error:
             raise OSError(
@@ -197,7 +225,7 @@ class Checkpoints:
         source = _checks.file("path", path)
         name = repr(str(source))
         try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
+            content = read_plain(source)
         except Exception as error:  # torch's type of error depends on what is wrong with the file
             raise InvalidValue(
                 f"expected `path` to be a complete checkpoint of plain values, got {name}, of which nothing "
@@ -207,7 +235,8 @@ class Checkpoints:
             raise InvalidValue(
                 f"expected `path` to be a file that Checkpoints.save wrote, got {name}"
             )
-        if content["format"] != FORMAT or not isinstance(content["state"], dict):
+        plain = isinstance(content["state"], dict) and isinstance(content["step"], int)
+        if content["format"] != FORMAT or not plain:
             raise InvalidValue(
                 f"expected `path` of format {FORMAT}, got {name} with {got(content['format'])}"
             )
@@ -225,8 +254,7 @@ class Checkpoints:
         earlier = [file for file in self.files() if _step(file) <= step]
         for file in {*self.files()} - {*earlier[-self.keep :]}:
             file.unlink()
-        for file in self.folder.glob("checkpoint-*.partial"):
-            file.unlink()
+        remove_abandoned(self.folder, "checkpoint-*")
 
 
 def _step(file: Path) -> int:
@@ -235,17 +263,48 @@ def _step(file: Path) -> int:
     return int(found[1])
 
 
+def _save_readable(content: dict[str, Any], file: BinaryIO) -> None:
+    """Write a checkpoint, and refuse one that `read` would refuse before it takes the place of another."""
+    torch.save(content, file)
+    file.flush()
+    try:
+        # The numbers stay on the disk: a pool of images would be in memory twice.
+        read_plain(file.name, mmap=True)
+    except Exception as error:  # torch's type of error depends on what it does not read
+        place, value = _unreadable(content["state"], "state")
+        raise InvalidType(
+            f"expected `state` of values that can be read back, got {got(value)} as {place}; save its numbers "
+            f"instead"
+        ) from error
+
+
+def _unreadable(value: Any, place: str) -> tuple[str, Any]:
+    """Find the innermost part of a state that cannot be read back, and its place."""
+    for key, inner in _parts(value):
+        buffer = io.BytesIO()
+        torch.save(inner, buffer)
+        buffer.seek(0)
+        try:
+            torch.load(buffer, weights_only=True)
+        except Exception:  # as above
+            return _unreadable(inner, f"{place}[{key!r}]")
+    return place, value
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    if type(value) in MAPPINGS:
+        return value.items()  # type: ignore[no-any-return]
+    return enumerate(value) if type(value) in SEQUENCES else ()
+
+
 def _check_plain(value: Any, place: str) -> None:
-    kind = type(value)
-    if kind in MAPPINGS:
-        for key, inner in value.items():
-            if type(key) not in PLAIN:
-                raise InvalidType(f"expected plain keys in `{place}`, got {got(key)}")
-            _check_plain(inner, f"{place}[{key!r}]")
-    elif kind in SEQUENCES:
-        for number, inner in enumerate(value):
-            _check_plain(inner, f"{place}[{number}]")
-    elif kind not in PLAIN and kind not in TENSORS:
+    for key, inner in _parts(value):
+        if type(value) in MAPPINGS and type(key) not in PLAIN:
+            raise InvalidType(f"expected plain keys in `{place}`, got {got(key)}")
+        _check_plain(inner, f"{place}[{key!r}]")
+    # A tensor on "meta" has a shape and no numbers.
+    empty = isinstance(value, Tensor) and value.is_meta
+    if type(value) not in (*MAPPINGS, *SEQUENCES, *PLAIN, *TENSORS) or empty:
         raise InvalidType(
             f"expected `state` of tensors and plain values, got {got(value)} as {place}; save its numbers instead"
         )

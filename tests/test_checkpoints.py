@@ -360,3 +360,36 @@ def test_what_the_file_says_of_itself_is_refused_in_its_name(tmp_path):
     for entries in ({"architecture": "resnet50", "num_classes": 3}, {"architecture": 5}):
         path = save(tmp_path, entries | {"state_dict": random_weights()})
         refused(path, argument="architecture", architecture=None, num_classes=None)
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"num_classes": 10**12},
+        {"in_channels": 10**12},
+        {"architecture": "small_cnn_1000000000000"},
+        {"architecture": f"small_cnn_{'9' * 5000}"},
+    ],
+    ids=["classes", "channels", "width", "digits"],
+)
+def test_sizes_that_the_file_cannot_hold_are_not_believed(declared, tmp_path):
+    """One number stands for 4 * 10^12 weights, of the shape that is declared."""
+    weights = random_weights("small_cnn_4", 3)
+    count = declared.get("num_classes", 3)
+    weights |= {
+        "fc.weight": torch.zeros(1).expand(count, 16),
+        "fc.bias": torch.zeros(1).expand(count),
+    }
+    own = {"architecture": "small_cnn_4", "num_classes": 3, "in_channels": 3, "state_dict": weights}
+    path = save(tmp_path, own | declared)
+    message = refused(path, architecture=None, num_classes=None)
+    assert "expected `path` to hold all weights of a small_cnn_" in message
+    assert f"of {path.stat().st_size} bytes" in message
+
+
+def test_a_flipped_bit_is_no_weight(tmp_path):
+    path = save(tmp_path, random_weights())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "is it complete?" in refused(path)

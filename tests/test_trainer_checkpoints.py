@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from tiny_ferd import same
 from torch import nn
 
+from ferdlib.checkpoints import write_file
 from ferdlib.trainer import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -52,12 +54,16 @@ def test_the_last_ones_stay_and_later_ones_are_given_up(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_other_files_stay(tmp_path):
-    (tmp_path / "checkpoint-0000000003.partial").write_bytes(b"half")
+    left, other = (tmp_path / f"checkpoint-0000000003.pt.{k}.partial" for k in "ab")
+    for file in (left, other):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
     (tmp_path / "notes.txt").write_text("mine")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() is None
     checkpoints.save({}, 1)
-    assert set(contents(tmp_path)) == {"checkpoint-0000000001.pt", "notes.txt"}
+    # The other one may be that of a process at work.
+    assert set(contents(tmp_path)) == {"checkpoint-0000000001.pt", "notes.txt", other.name}
     checkpoints.clear()
     assert set(contents(tmp_path)) == {"notes.txt"}
     (tmp_path / "notes.txt").unlink()
@@ -86,6 +92,80 @@ def test_other_objects_are_refused_by_their_place(state, place, tmp_path):
     with pytest.raises(TypeError, match=rf"^Checkpoints.save: expected .*{place}"):
         Checkpoints(tmp_path / "none").save(state, 1)
     assert not (tmp_path / "none").exists()
+
+
+def with_attribute(value, attribute):
+    value.attribute = attribute
+    return value
+
+
+PLACE = r"as state\['v'\]\[0\]\['w'\]"
+MINE = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        with_attribute(OrderedDict(a=1), Path("x")),
+        with_attribute(MINE, Path("x")),
+        b"",
+        10**700,
+        torch.ones(2, device="meta"),
+    ],
+    ids=["OrderedDict", "Parameter", "bytes", "int", "meta"],
+)
+def test_what_could_not_be_read_back_is_refused_by_its_place_and_the_old_one_stays(value, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save({"epoch": 1}, 1)
+    with pytest.raises(TypeError, match=rf"^Checkpoints.save: expected `state` .*{PLACE}"):
+        checkpoints.save({"fine": 1, "v": [{"w": value}]}, 1)
+    assert checkpoints.latest() == (1, {"epoch": 1})
+    assert len(contents(tmp_path)) == 1
+
+
+def test_a_state_that_holds_itself_is_refused(tmp_path):
+    state = {}
+    state["state"] = state
+    with pytest.raises(ValueError, match=r"^Checkpoints.save: expected `state` of finite depth"):
+        Checkpoints(tmp_path).save(state, 1)
+
+
+def test_no_flipped_bit_is_read_as_a_number(tmp_path):
+    state = {"weights": torch.arange(64.0), "epoch": 3}
+    path = Checkpoints(tmp_path).save(state, 1)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert same(Checkpoints.read(path), (1, state)), place  # a bit that means nothing
+        except ValueError:
+            refused += 1
+    assert refused > 64 * 4 / 7
+
+
+def test_writers_of_one_file_do_not_meet_and_follow_no_link(tmp_path, monkeypatch):
+    target, victim = tmp_path / "a.txt", tmp_path / "victim"
+
+    def slow(file):
+        write_file(target, "of another process")
+        assert target.read_text() == "of another process"
+        file.write(b"of this one")
+
+    write_file(target, slow)
+    assert contents(tmp_path) == {"a.txt": b"of this one"}
+    victim.write_text("mine")
+    target.unlink()
+    target.symlink_to(victim)
+    write_file(target, "new")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / "a.txt.guessed.partial").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_file(target, "newer")
+    assert (target.is_symlink(), target.read_text()) == (False, "new")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "a.txt.guessed.partial").is_symlink()
 
 
 def test_a_damaged_or_foreign_file_is_named(tmp_path):

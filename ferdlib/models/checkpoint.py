@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
+from ferdlib._files import read_plain
 from ferdlib.models.registry import build_model
 
 # Architectures by the names under which RobustBench and TRADES publish their weights.
@@ -125,6 +127,7 @@ def _load(
     architecture = _entry(own, "architecture", architecture, str, file)
     num_classes = _entry(own, "num_classes", num_classes, int, file)
     in_channels = _entry({"in_channels": 3, **own}, "in_channels", in_channels, int, file)
+    _check_sizes(architecture, num_classes, in_channels, file)
     # Without memory at first: a fresh model would draw numbers from the global generator, only to lose them.
     with torch.device("meta"):
         model = build_model(architecture, num_classes, in_channels=in_channels)
@@ -139,7 +142,7 @@ def _load(
 
 def _read(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_plain(file)
     except Exception as error:  # torch's type of error depends on what is wrong with the file
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise InvalidValue(
@@ -160,6 +163,17 @@ def _entry(content: Mapping[Any, Any], name: str, given: Any, kind: type, file: 
             f"expected `{name}`, because the file {str(file)!r} does not say it, got None"
         )
     return value
+
+
+def _check_sizes(architecture: str, num_classes: int, in_channels: int, file: Path) -> None:
+    """Refuse sizes that the file cannot hold a number for each of, before memory is asked for them."""
+    held = file.stat().st_size
+    numbers = [num_classes, in_channels, *map(int, re.findall(r"\d{1,18}", architecture))]
+    if max(numbers) > held:
+        raise InvalidValue(
+            f"expected `path` to hold all weights of a {architecture} for {num_classes} classes and {in_channels} "
+            f"channels, got {str(file)!r} of {held} bytes"
+        )
 
 
 def _weights(content: Any, file: Path) -> dict[str, Tensor]:
