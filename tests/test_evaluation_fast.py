@@ -388,7 +388,13 @@ def dark(model, x, targets):
 EACH = (ascent(), ascent("any", judge="any"), AttackSpec(name="dark", kind="custom", eps=0.05))
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: out of memory")])
+ON_A_CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
+)
+ERRORS = [RuntimeError("CUDA error: out of memory"), RuntimeError(ON_A_CPU), MemoryError()]
+
+
+@pytest.mark.parametrize("error", [None, *ERRORS], ids=["CUDA", "plain", "CPU", "NumPy"])
 def test_what_memory_cannot_hold_is_halved(error, caplog):
     expected = run(*EACH, custom={"dark": dark})
     model, seen = counted(Small(3, error))

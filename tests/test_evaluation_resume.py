@@ -3,6 +3,7 @@
 Run as a program with a folder it is `killed_again_and_again`.
 """
 
+import errno
 import json
 import os
 import random
@@ -18,12 +19,14 @@ import torch
 from conftest import make_tiny_model
 from torch import nn
 
-from ferdlib.evaluation import PROTOCOLS, RobustnessReport, evaluate
+from ferdlib.checkpoints import write_file
+from ferdlib.evaluation import PROTOCOLS, AttackSpec, Protocol, RobustnessReport, evaluate
 
 K, N, BATCH = 4, 20, 5
 X = torch.rand(N, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N) % K
 FILES = 4 * 3 + 2  # blocks times clean, FGSM and PGD-10; header and probe
+PROBE = 1  # passes over the first samples
 
 
 class Counting(nn.Module):
@@ -86,9 +89,7 @@ def test_a_killed_run_goes_on(tmp_path, undisturbed):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert RobustnessReport.load(tmp_path / "report.json") == undisturbed
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert len(names) == FILES
-    assert all(name.endswith(".json") for name in names)
+    assert len(list((tmp_path / "run").glob("*.json"))) == FILES
 
 
 def test_an_interrupted_write_leaves_nothing_half(tmp_path, undisturbed, monkeypatch):
@@ -114,13 +115,13 @@ def test_a_finished_run_needs_no_attack(finished, undisturbed):
     assert len(before) == FILES
     report = run(finished, model)
     assert report == undisturbed
-    assert model.calls == 1  # the probe
+    assert model.calls == PROBE
     assert contents(finished) == before
     # One more block of data is one more block of work, and nothing else.
     more = torch.cat([X, X[:3]]), torch.cat([Y, Y[:3]])
     model = Counting()
     assert run(finished, model, data=more) == run(None, data=more)
-    assert model.calls == 1 + 14
+    assert model.calls == PROBE + 14
 
 
 def test_seconds_are_those_of_the_work(finished):
@@ -175,6 +176,74 @@ def test_a_function_is_known_by_its_logits(tmp_path):
         run(tmp_path, lambda x: other(x))
 
 
+class Gated(nn.Module):
+    """The same logits with and without a gradient behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.masked = make_tiny_model(K), True
+
+    def forward(self, x):
+        z = self.model(x)
+        return z.detach() + 0 * x.sum() if self.masked else z
+
+
+def test_a_model_whose_gradient_was_repaired_is_another_one(tmp_path):
+    model = Gated()
+    run(tmp_path, model)
+    assert run(tmp_path, model) == run(None, model)
+    model.masked = False
+    with pytest.raises(ValueError, match="expected the model that .* got other gradients for the"):
+        run(tmp_path, model)
+
+
+class Noisy(nn.Module):
+    """A randomised defence, with torch's random numbers or those of a generator of its own."""
+
+    def __init__(self, scale, rng=None):
+        super().__init__()
+        self.model, self.scale, self.rng = make_tiny_model(K), scale, rng
+
+    def forward(self, x):
+        return self.model(x + self.scale * torch.randn(x.shape, generator=self.rng))
+
+
+@pytest.mark.parametrize("rng", [None, torch.Generator()])
+def test_a_random_model_goes_on_and_the_callers_noise_is_what_it_was(tmp_path, rng):
+    report = run(tmp_path, Noisy(0.1, rng))
+    sorted(tmp_path.glob("PGD-10*.json"))[-1].unlink()
+    before = torch.get_rng_state()
+    again = run(tmp_path, Noisy(0.1, rng))
+    assert torch.equal(again.predictions["FGSM"], report.predictions["FGSM"])
+    if rng is None:
+        with pytest.raises(ValueError, match="got other logits for the first samples"):
+            run(tmp_path, Noisy(0.2))
+        torch.set_rng_state(before)
+        run(tmp_path, Noisy(0.1))  # everything is there
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_attack_of_the_same_name_is_refused(tmp_path):
+    own = Protocol(name="own", attacks=(AttackSpec(name="mine", kind="custom", eps=0.1),))
+
+    def brighter(by):
+        return {"mine": lambda model, x, y: (x + by).clamp(0, 1)}
+
+    def noisy(model, x, y):
+        return (x + 0.1 * torch.rand(x.shape, generator=rng)).clamp(0, 1)
+
+    report = run(tmp_path / "a", protocol=own, custom=brighter(0.01))
+    assert run(tmp_path / "a", protocol=own, custom=brighter(0.01)) == report
+    with pytest.raises(
+        ValueError, match="^evaluate: expected the attack 'mine' that `resume` '.*'"
+    ):
+        run(tmp_path / "a", protocol=own, custom=brighter(0.1))
+    # One with noise of its own cannot be told from another, and goes on.
+    rng = torch.Generator()
+    report = run(tmp_path / "b", protocol=own, custom={"mine": noisy})
+    assert run(tmp_path / "b", protocol=own, custom={"mine": noisy}) == report
+
+
 def test_what_fails_before_the_first_attack_begins_nothing(tmp_path):
     model = make_tiny_model(K)
     for change in (
@@ -210,7 +279,8 @@ def test_a_damaged_file_is_named_and_made_again(finished, undisturbed, which, ho
     path.unlink()
     model = Counting()
     assert run(finished, model) == undisturbed
-    assert model.calls == 1 + {"clean": 1, "PGD-10": 11}.get(which, 0)
+    probes = 2 if which == "probe" else 1
+    assert model.calls == probes * PROBE + {"clean": 1, "PGD-10": 11}.get(which, 0)
     assert len(contents(finished)) == FILES
 
 
@@ -222,19 +292,20 @@ def test_a_folder_that_cannot_be(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
 @pytest.mark.parametrize("which", ["header", "PGD-10"])
-def test_a_full_disk(finished, tmp_path, undisturbed, which):
-    name = sorted(finished.glob(f"{which}*.json"))[-1].name
-    folder = tmp_path / "full"
-    folder.mkdir()
-    (folder / f"{name}.partial").symlink_to("/dev/full")
-    with pytest.raises(
-        OSError, match="^evaluate: expected to write '.*', got .*No space"
-    ) as caught:
-        run(folder)
-    assert repr(str(folder / name)) in str(caught.value)
-    (folder / f"{name}.partial").unlink(missing_ok=True)
+def test_a_full_disk(finished, tmp_path, undisturbed, which, monkeypatch):
+    name, folder = sorted(finished.glob(f"{which}*.json"))[-1].name, tmp_path / "full"
+
+    def full(target, content):
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(target, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ferdlib.evaluation.resume.write_file", full)
+        message = f"^evaluate: expected to write '{folder / name}', got .*No space"
+        with pytest.raises(OSError, match=message):
+            run(folder)
     assert run(folder) == undisturbed
 
 

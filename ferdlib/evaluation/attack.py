@@ -22,6 +22,9 @@ CustomAttack = Callable[[Any, Tensor, Tensor], Tensor]
 OnBatch = Callable[[str, Tensor], None]
 T = TypeVar("T")
 
+# Words of an allocator that has no more memory: those of the accelerators, and of the CPU.
+FULL = ("out of memory", "DefaultCPUAllocator")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -52,9 +55,9 @@ class Setting:
     custom: Mapping[str, CustomAttack] = field(default_factory=dict)
     early_stop: bool = True
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, *, differentiable: bool = False) -> Tensor:
         """Logits of the images, checked."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             logits = self.shaped(self.model(x), len(x))
         # argmax finds a class for NaN too: without this a broken model would pass for a robust one.
         if bool(logits.isnan().any()):
@@ -77,9 +80,10 @@ class Setting:
             try:
                 results.append(work(batch))
                 done += len(batch)
-            except RuntimeError as error:
-                # Other backends than CUDA raise a plain RuntimeError.
-                full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            except (RuntimeError, MemoryError) as error:
+                # Other backends than CUDA raise a plain RuntimeError; NumPy and Python a MemoryError.
+                full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                full = full or any(words in str(error) for words in FULL)
                 if len(batch) == 1 or not full:
                     raise
                 self.batch_size = len(batch) // 2
@@ -215,6 +219,11 @@ def _autoattack(
 
 
 def _custom(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
+    predicted = setting.logits(custom_images(setting, spec, block)).argmax(dim=1)
+    return _single(predicted, block, spec.name)
+
+
+def custom_images(setting: Setting, spec: AttackSpec, block: Block) -> Tensor:
     """Run a function of the user, whose result is believed only inside ball and bounds."""
     # Copies: what an attack does in place shall not reach the images that it is judged by.
     x_adv = setting.custom[spec.name](setting.model, block.x.clone(), block.targets.clone())
@@ -231,7 +240,7 @@ def _custom(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
     if least < low or most > high:
         came = f"values in [{least:g}, {most:g}]"
         raise InvalidValue(f"{wanted} stay inside bounds [{low:g}, {high:g}], got {came}")
-    return _single(setting.logits(x_adv).argmax(dim=1), block, spec.name)
+    return x_adv
 
 
 def _single(predicted: Tensor, block: Block, stage: str) -> Outcome:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,12 +15,20 @@ from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue
-from ferdlib.checkpoints import write_file
-from ferdlib.evaluation.attack import Outcome
+from ferdlib.checkpoints import remove_abandoned, write_file
+from ferdlib.evaluation.attack import Outcome, Setting, custom_images
+from ferdlib.evaluation.protocols import Protocol
+from ferdlib.evaluation.samples import Block, uniform_noise
 
-FORMAT = 1
+FORMAT = 2
+# Samples at which one model or attack is told from another.
+PROBE = 8
 # Logits of another kernel or machine differ by rounding, those of another model by more.
 TOLERANCE = 1e-3
+# A gradient also jumps where rounding takes a unit over its kink.
+GRADIENT_TOLERANCE = 0.1
+
+Look = dict[str, Tensor]
 
 
 class Records:
@@ -35,25 +45,34 @@ class Records:
         except OSError as error:
             wanted = "`resume` to be a folder that can be written"
             raise OSError(f"evaluate: expected {wanted}, got {error}") from error
+        remove_abandoned(self.folder, "*")
         found = self._read("header.json")
         if found is not None and found != header:
             names = sorted(k for k in header.keys() | found.keys() if header.get(k) != found.get(k))
             raise self._other(", ".join(names), "another")
 
-    def begin(self, logits: Tensor) -> None:
-        """Refuse a model that gives the first samples other logits than the one that began."""
+    def begin(self, look: Callable[[], Look]) -> None:
+        """Refuse a model or an attack that does other things to the first samples than the one that began.
+
+        A function has no digest, and a model may have other code behind the same weights.
+        """
+        values = look()
         if not (self.folder / "header.json").exists():
             self._write("header.json", self.header)
-        # A function has no digest, and a model may have other code behind the same weights.
-        values = logits.detach().double().cpu()
         found = self._read("probe.json")
         if found is None:
-            self._write("probe.json", {"logits": values.tolist()})
+            again = look()
+            # Numbers that are others at the second look are random; they tell nothing.
+            kept = {k: v.tolist() if _alike(k, v, again[k]) else None for k, v in values.items()}
+            self._write("probe.json", kept)
             return
-        before = torch.tensor(found["logits"], dtype=torch.float64)
-        near = TOLERANCE * (1 + before.abs().max()) if before.numel() else 0
-        if before.shape != values.shape or bool(((before - values).abs() > near).any()):
-            raise self._other("model and data", "other logits for the first samples")
+        for name, value in values.items():
+            before = found.get(name)
+            if before is None or _alike(name, torch.tensor(before, dtype=value.dtype), value):
+                continue
+            wanted = {"logits": "model and data", "gradients": "model"}.get(name, name)
+            came = name if name in ("logits", "gradients") else "results"
+            raise self._other(wanted, f"other {came} for the first samples")
 
     def load(self, attack: str, number: int, digest: int) -> tuple[Outcome, float] | None:
         """Read an outcome and its seconds, if it was finished."""
@@ -105,6 +124,64 @@ class Records:
             write_file(path, json.dumps({**content, "sha256": _seal(content)}))
         except OSError as error:
             raise OSError(f"evaluate: expected to write {str(path)!r}, got {error}") from error
+
+
+def look(setting: Setting, protocol: Protocol, block: Block) -> Look:
+    """Logits and gradients at a few samples, and logits where each attack of the user takes them.
+
+    Torch's random numbers are the same each time, so that a model with noise can be told from another one.
+    """
+    block = block[:PROBE]
+    with _fixed_noise(block.x.device):
+        parts = setting.over(block, lambda batch: _at(setting, protocol, batch))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _at(setting: Setting, protocol: Protocol, block: Block) -> Look:
+    x = block.x.detach().requires_grad_()
+    wanted = any(spec.kind != "custom" for spec in protocol.attacks)
+    with torch.set_grad_enabled(wanted):
+        logits = setting.logits(x, differentiable=wanted)
+        # A combination of the logits whose gradient does not vanish where the model is certain.
+        total = (logits * torch.linspace(-1, 1, logits.shape[1]).to(logits)).sum()
+    found = {"logits": logits.detach()}
+    if wanted:
+        depends = total.requires_grad
+        found_at = torch.autograd.grad(total, x, allow_unused=True)[0] if depends else None
+        gradient = (torch.zeros_like(x) if found_at is None else found_at).flatten(1).cpu().double()
+        noise = uniform_noise(0, 0, block.index, x.shape[1:]).flatten(1) - 0.5
+        found["gradients"] = torch.stack([gradient.norm(dim=1), (gradient * noise).sum(1)], dim=1)
+    for spec in protocol.attacks:
+        if spec.kind == "custom":
+            name = f"attack {spec.name!r}"
+            found[name] = setting.logits(custom_images(setting, spec, block)).detach()
+    return {name: value.cpu().double() for name, value in found.items()}
+
+
+def _alike(name: str, before: Tensor, now: Tensor) -> bool:
+    """Equal but for rounding."""
+    if before.shape != now.shape:
+        return False
+    size = before.abs().max() if before.numel() else before.new_zeros(())
+    near = GRADIENT_TOLERANCE * size if name == "gradients" else TOLERANCE * (1 + size)
+    # Equal infinities have no difference.
+    return not bool((((before - now).abs() > near) & (before != now)).any())
+
+
+@contextmanager
+def _fixed_noise(device: torch.device) -> Iterator[None]:
+    """Run the block with torch's global generators at their start, and give the caller's states back."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        torch.set_rng_state(torch.Generator("cpu").get_state())
+        if cuda is not None:
+            torch.cuda.set_rng_state(torch.Generator(device).get_state(), device)
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
 
 
 def _seal(content: dict[str, Any]) -> str:

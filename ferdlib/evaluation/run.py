@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -28,13 +29,10 @@ from ferdlib.evaluation.attack import CustomAttack, Outcome, Setting
 from ferdlib.evaluation.progress import Progress
 from ferdlib.evaluation.protocols import Protocol, resolve_protocol
 from ferdlib.evaluation.report import RobustnessReport
-from ferdlib.evaluation.resume import Records
+from ferdlib.evaluation.resume import Records, look
 from ferdlib.evaluation.samples import Block, Samples, device_of
 from ferdlib.evaluation.trust import FewOfEach, trust_checks
 from ferdlib.models import freeze_for_attack
-
-# Samples whose logits tell one model from another.
-PROBE = 8
 
 
 @public
@@ -87,7 +85,8 @@ def evaluate(
             model's but for rounding, so single samples may fall that would not, or the other way round. The trust
             checks look at the model itself.
         device: of the samples; None takes that of the model's first parameter.
-        resume: a folder that keeps each finished attack and block. The same call continues from it.
+        resume: a folder that keeps each finished attack and block. The same call continues from it; another model or
+            attack is refused, which outputs and gradients at the first samples tell.
         trust: also run `trust_checks`, on at least two samples of each class.
         progress: a bar with the running worst-case accuracies (needs tqdm), under this name if it is a string.
 
@@ -154,6 +153,7 @@ def evaluate(
     records = None
     if resume is not None:
         header = {
+            "version of ferdlib": ferdlib.__version__,
             "model": fingerprint,
             "protocol": protocol.to_dict(),
             "num_classes": num_classes,
@@ -212,7 +212,7 @@ class _Run:
         self.data = {"shape": list(block.x.shape[1:]), "dtype": str(block.x.dtype)[6:]}
         here = block.to(self.device)
         if self.records is not None and number == 0:
-            self.records.begin(self.setting.logits(here.x[:PROBE]))
+            self.records.begin(partial(look, self.setting, self.protocol, here))
         # The label, or the class that a sample fell to under the attacks so far.
         before = block.targets
         specs = {spec.name: spec for spec in self.protocol.attacks}
