@@ -77,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nstopped; {_again(name, rest)}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        _refuse(name, str(error))
+        said = str(error) or type(error).__name__
+        if processes != "1":
+            # What one process finds, every one says.
+            said = importlib.import_module("ferdlib.distributed").reason_to_end(said)
+        _refuse(name, said)
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Sized
@@ -21,11 +22,10 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset, Subset
 
 from ferdlib._checks import InvalidType, InvalidValue, got, public
+from ferdlib._meeting import TIMEOUT, meet, post, reason_to_end, said_by, sign_of_life
 
-__all__ = ["Ranks", "first_ahead", "gather", "join", "share", "sum_over_ranks"]
-
-# A process that waits for another one longer than this ends the job.
-TIMEOUT = datetime.timedelta(minutes=10)
+__all__ = ["Ranks", "check_same", "first_ahead", "gather", "join", "reason_to_end", "share"]
+__all__ += ["sum_over_ranks"]
 
 
 @dataclass(frozen=True)
@@ -183,21 +183,58 @@ def join(device: str) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT))
     atexit.register(distributed.destroy_process_group)
+    sign_of_life()
     return device
+
+
+@public
+def check_same(**values: object) -> None:
+    """Refuse, on every process alike, values that are not the same on all; every process must call it.
+
+    Raises:
+        ValueError: names the values and a process that has others.
+
+    Example:
+        >>> check_same(seed=0, epochs=30)  # one process
+    """
+    ranks = Ranks.here()
+    if ranks.size == 1:
+        return
+    found = [text.splitlines() for text in meet("\n".join(map(_one_line, values.values())))]
+    for rank, theirs in enumerate(found):
+        differing = [name for name, a, b in zip(values, found[0], theirs, strict=True) if a != b]
+        if differing:
+            raise InvalidValue(
+                f"expected the same {', '.join(differing)} on every process, got others on rank {rank} than on "
+                f"rank 0"
+            )
+
+
+def _one_line(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 @contextmanager
 def first_ahead(fetching: bool = True) -> Iterator[None]:
     """Run the block on the first process before the others: what it downloads is there for them."""
-    ranks = Ranks.here()
-    waiting = fetching and ranks.size > 1
-    if waiting and not ranks.first:
-        distributed.barrier()
-    yield
-    if waiting and ranks.first:
-        distributed.barrier()
+    if not fetching or Ranks.here().size == 1:
+        yield
+        return
+    number = post()
+    if not Ranks.here().first:
+        # However long the download takes; where it fails, all say why.
+        if reason := said_by(0, number):
+            raise RuntimeError(f"rank 0: {reason}")
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        post(str(error) or type(error).__name__, number)
+        raise
+    post("", number)
 
 
 @public
@@ -206,6 +243,7 @@ def share(data: Dataset[Any]) -> Dataset[Any]:
 
     Raises:
         TypeError: `data` is not a data set of known length.
+        ValueError: more processes than samples.
 
     Example:
         >>> len(share(torch.utils.data.TensorDataset(torch.rand(4, 1))))
@@ -214,11 +252,24 @@ def share(data: Dataset[Any]) -> Dataset[Any]:
     if not isinstance(data, Dataset) or not isinstance(data, Sized):
         raise InvalidType(f"expected `data` to be a Dataset with a length, got {got(data)}")
     ranks = Ranks.here()
-    return data if ranks.size == 1 else Subset(data, range(ranks.rank, len(data), ranks.size))
+    if ranks.size == 1:
+        return data
+    if len(data) < ranks.size:
+        raise InvalidValue(
+            f"expected `data` with a sample for each of the {ranks.size} processes, got {len(data)}"
+        )
+    # From here on the others may have to wait for this process.
+    sign_of_life()
+    return Subset(data, range(ranks.rank, len(data), ranks.size))
 
 
 def gather(value: Any) -> list[Any]:
     """Collect a picklable object of each process, in order of rank; every process must call it.
+
+    It waits for the slowest one, however long that takes while its process lives.
+
+    Raises:
+        RuntimeError: a process has ended; its reason is said, if it gave one.
 
     Example:
         >>> gather("a report")
@@ -227,5 +278,7 @@ def gather(value: Any) -> list[Any]:
     ranks = Ranks.here()
     parts: list[Any] = [value] * ranks.size
     if ranks.size > 1:
+        # A collective call ends the job where a process comes later than the group's timeout.
+        meet()
         distributed.all_gather_object(parts, value)
     return parts

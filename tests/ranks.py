@@ -16,17 +16,22 @@ from torch import distributed, multiprocessing
 multiprocessing.set_forkserver_preload(["torch", "ferdlib.trainer.trainer", "ferdlib.methods"])
 
 
-def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def on_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
     """`work(rank, size, *args)` on each; results must be what `torch.save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(
-            _enter, (size, folder, work, args), nprocs=size, start_method="forkserver"
+            _enter, (size, folder, work, args, timeout), nprocs=size, start_method="forkserver"
         )
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(size)]
 
 
 def _enter(
-    rank: int, size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    size: int,
+    folder: str,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
 ) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no need of a name service
@@ -35,7 +40,7 @@ def _enter(
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=180),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     try:
         torch.save(work(rank, size, *args), Path(folder, f"{rank}.pt"))

@@ -1,12 +1,22 @@
 """Sums, shares and reports of several processes are those of one."""
 
+import time
+
 import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
 
-from ferdlib import losses
-from ferdlib.distributed import Ranks, gather, share, sum_over_ranks
+from ferdlib import _meeting, losses
+from ferdlib.distributed import (
+    Ranks,
+    check_same,
+    first_ahead,
+    gather,
+    reason_to_end,
+    share,
+    sum_over_ranks,
+)
 from ferdlib.evaluation import PROTOCOLS, evaluate, merge
 from ferdlib.models import small_cnn
 
@@ -94,10 +104,69 @@ def test_several_processes_agree_with_one(size):
         assert found["report"] == expected
 
 
+def sentence(call, *arguments, **more):
+    """The words with which a call is refused."""
+    try:
+        call(*arguments, **more)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "it went on"
+
+
+def gathered_late(rank, size):
+    """The second process comes to the meeting after the group's timeout, however that is set."""
+    share(torch.utils.data.TensorDataset(images(4)))
+    time.sleep(4 * rank)
+    return gather(rank)
+
+
+def test_a_slow_share_does_not_end_the_job():
+    assert on_ranks(2, gathered_late, timeout=1) == [[0, 1]] * 2
+
+
+def disagreements(rank, size):
+    few = torch.utils.data.TensorDataset(images(1))
+    found = [sentence(share, few), sentence(check_same, seed=0, config={"eps": rank}, teacher="a")]
+    fetched = [sentence(fetch, rank, fails) for fails in (True, False)]
+    return [*found, *fetched, sentence(check_same, seed=0)]
+
+
+def fetch(rank, fails):
+    with first_ahead():
+        if rank == 0 and fails:
+            raise RuntimeError("no network")
+
+
+def test_all_processes_say_what_one_has_found():
+    for rank, found in enumerate(on_ranks(2, disagreements)):
+        assert found == [
+            "share: expected `data` with a sample for each of the 2 processes, got 1",
+            "check_same: expected the same config on every process, got others on rank 1 than on rank 0",
+            ["no network", "rank 0: no network"][rank],
+            "it went on",
+            "it went on",
+        ]
+
+
+def one_ends(rank, size, gives_a_reason):
+    if rank == 1:
+        return reason_to_end("the disk is full") if gives_a_reason else _meeting._life
+    if not gives_a_reason:
+        _meeting.TIMEOUT, _meeting.BEAT = 1.0, 0.1
+    return sentence(gather, 0)
+
+
+def test_whoever_waits_for_a_process_that_ends_hears_why():
+    assert on_ranks(2, one_ends, True) == ["rank 1: the disk is full", "the disk is full"]
+    assert on_ranks(2, one_ends, False) == ["rank 1: no sign of life for 0 minutes", None]
+
+
 def test_one_process_needs_no_group():
     data = torch.utils.data.TensorDataset(images(4))
     assert share(data) is data
     assert gather(data) == [data]
+    check_same(seed=0)
+    assert reason_to_end("a") == "a"
     one = Ranks.here()
     assert (one.rank, one.size, one.first) == (0, 1, True)
     rows = torch.arange(3.0, requires_grad=True)
