@@ -84,8 +84,26 @@ def test_weights_that_overflow_are_the_students():
         trainer.fit()
 
 
-def spoil(trainer):
-    trainer.student.fc.weight.data[0] = float("inf")
+@pytest.mark.parametrize("value", [float("inf"), 1e30])
+def test_a_last_step_that_explodes_is_the_students_and_not_the_next_generators(value):
+    """Its loss and gradients were finite; 1e30 is a weight whose logits overflow."""
+    trainer = make_trainer(student_steps=5, warmup_epochs=0)
+    step = trainer.student_optimizer.step
+    trainer.student_optimizer.step = at_call(5, step, lambda _: spoil(trainer, value))
+    with pytest.raises(RuntimeError, match="epoch 1, step 5 of the student; lower `student_lr`$"):
+        trainer.fit()
+
+
+def test_an_attack_that_fails_at_a_student_with_huge_weights_is_not_blamed():
+    trainer = make_trainer(student_steps=5, warmup_epochs=0)
+    step = trainer.student_optimizer.step
+    trainer.student_optimizer.step = at_call(2, step, lambda _: spoil(trainer, 1e38))
+    with pytest.raises(RuntimeError, match="epoch 1, step 3 of the student; lower `student_lr`$"):
+        trainer.fit()
+
+
+def spoil(trainer, value=float("inf")):
+    trainer.student.fc.weight.data[0] = value
 
 
 def test_another_failure_is_not_taken_for_one():

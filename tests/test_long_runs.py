@@ -124,6 +124,34 @@ def test_a_source_without_a_generator_gets_one_of_the_seed():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# A pool that has lost a label.
+LOST = {"columns": {"images": torch.rand(6, 1, 8, 8), "labels": torch.arange(5)}, "added": 6}
+
+
+def test_an_epoch_that_was_interrupted_has_no_state(caplog):
+    trainer, calls = make_trainer(), []
+    attack = trainer.method.attack
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return attack(*arguments)
+
+    start = trainer.state_dict()
+    trainer.method.attack = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    with pytest.raises(
+        RuntimeError, match=r"^FERDTrainer.state_dict: expected .* within epoch 2; go"
+    ):
+        trainer.state_dict()
+    trainer.load_state_dict(start)
+    assert same(trainer.state_dict(), start)
+    assert [stats.epoch for stats in trainer.epochs()] == [1, 2, 3]
+    assert "begins again" not in caplog.text
+
+
 @cache
 def states():
     return make_trainer().state_dict(), make_trainer(source=Several()).state_dict()
@@ -149,12 +177,29 @@ def states():
             )
             for key in ("class_probabilities", "statistic")
         ),
+        *(
+            (lambda own, other, change=change: own | change, words)
+            for change, words in [
+                ({"epoch": -1}, r"`epoch` in 0\.\.3, got -1"),
+                ({"epoch": "one"}, "`epoch` of type int, got str 'one'"),
+                ({"config": []}, "`config` of type dict, got list"),
+                ({"statistic": torch.ones(3)}, "`statistic` a float64 tensor .*, got a float32"),
+                ({"rng": {"trainer": torch.ones(3)}}, r"`trainer` of shape \(\d+,\), got \(3,\)"),
+                (
+                    {"student_optimizer": {"param_groups": []}},
+                    r"of \[\d+\] parameters .*, got \[\]",
+                ),
+                ({"pool": {"columns": {}, "added": 6}}, "`state` of 6 images in float32 .* none"),
+                ({"pool": LOST}, "`state` of 6 images in float32 .* int64 tensor of shape .5,"),
+            ]
+        ),
         (lambda own, other: own | {"method": {"epoch": 3}}, ""),
         (lambda own, other: own | {"source": own["source"] | {"more": 1}}, ""),
     ],
 )
 def test_another_state_is_refused_and_nothing_is_loaded(make, words):
     trainer = make_trainer()
+    next(trainer.epochs())
     before = trainer.state_dict()
     who = "FERDTrainer" if words else "(FERDDistillation|Inversion)"
     with pytest.raises(ValueError, match=rf"^{who}\.load_state_dict: expected .*{words}"):

@@ -179,6 +179,9 @@ class Inversion:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         _checks.keys(self.state_dict(), state=state)
+        # torch loads what fits before it complains of what does not.
+        _checks.state(state["generator"], self.generator.state_dict())
+        _checks.integer(0, epochs_done=state["epochs_done"])
         self.generator.load_state_dict(state["generator"])
         self.epochs_done, self.metrics = state["epochs_done"], dict(state["metrics"])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -12,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ferdlib
 from ferdlib import _checks, losses, reweight
 from ferdlib._checks import InvalidType, InvalidValue, got
 from ferdlib._modes import borrowed
 from ferdlib.augment import Crops
 from ferdlib.bottleneck import split_at
-from ferdlib.distributed import Ranks
+from ferdlib.checkpoints import digest
+from ferdlib.distributed import Ranks, check_same
 from ferdlib.methods import FERDDistillation, Method
 from ferdlib.methods.rules import Uniform
 from ferdlib.synthesis import Generator, ImagePool, Inversion, Source
-from ferdlib.synthesis.inversion import OptimizerFactory
+from ferdlib.synthesis.inversion import Batch, OptimizerFactory
 from ferdlib.trainer.class_probabilities import Rule
 from ferdlib.trainer.config import FERDConfig
+
+LOG = logging.getLogger("ferdlib")
 
 Augmentation = Callable[[Tensor], Tensor]
 
@@ -32,10 +37,6 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_kl": losses.masked_distillation,
     "decoupled_kl": losses.decoupled_kl,
 }
-STATE = (
-    *("config", "epoch", "student", "student_optimizer", "source", "method", "pool", "rng"),
-    *("class_probabilities", "statistic", "largest_diversity"),
-)
 
 
 def shared_settings(config: FERDConfig, kind: type) -> dict[str, Any]:
@@ -195,18 +196,6 @@ def adopt(part: object, device: torch.device, rng: torch.Generator) -> None:
         part.rng = rng  # type: ignore[attr-defined]
 
 
-def random_generators(
-    rng: torch.Generator, *given: torch.Generator, **parts: object
-) -> dict[str, torch.Generator]:
-    """Return the trainer's generator, and those of parts that have one of their own."""
-    found = {"trainer": rng}
-    for name, part in parts.items():
-        own = getattr(part, "rng", None)
-        if isinstance(own, torch.Generator) and not any(own is each for each in (rng, *given)):
-            found[name] = own
-    return found
-
-
 def check_models(teacher: Any, student: Any, config: Any) -> None:
     """Refuse models or a config of another type, and models that share weights."""
     _checks.module(teacher=teacher, student=student)
@@ -264,36 +253,39 @@ def check_logits(
                 )
 
 
-def check_state(
-    state: Any, config: dict[str, Any], student: nn.Module, rngs: dict[str, torch.Generator]
+def check_one_run(
+    teacher: nn.Module, student: nn.Module, *, config: FERDConfig, seed: int, parts: list[str]
 ) -> None:
-    """Refuse a state of another trainer before anything of it is loaded."""
-    if not isinstance(state, dict) or state.keys() != set(STATE):
-        raise InvalidValue("expected `state` as `state_dict` returned it, got something else")
-    # A state that other settings made would go on as a run that nobody asked for.
-    saved = state["config"]
-    differing = sorted(k for k in config.keys() | saved.keys() if saved.get(k) != config.get(k))
-    if differing:
-        raise InvalidValue(
-            f"expected a state of the same config, got other values for {', '.join(differing)}"
-        )
-    # torch loads what fits before it complains of what does not.
-    theirs, ours = (
-        {key: tuple(value.shape) for key, value in weights.items()}
-        for weights in (state["student"], student.state_dict())
+    """Refuse, on every process alike, what is not the same on all: they would train on without a word."""
+    shapes = [(name, tuple(value.shape)) for name, value in student.state_dict().items()]
+    check_same(
+        **{"version of ferdlib": ferdlib.__version__, "`teacher`": digest(teacher)},
+        **{"architecture of `student`": shapes, "`config`": config, "`seed`": seed},
+        **{"kinds of parts": parts},
     )
-    if theirs != ours:
-        raise InvalidValue(
-            f"expected a state of the same student architecture, got other names or shapes for "
-            f"{', '.join(sorted(dict(theirs.items() ^ ours.items())))}"
-        )
-    for key in ("class_probabilities", "statistic"):
-        if tuple(state[key].shape) != (config["num_classes"],):
+
+
+def in_step(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """Yield a source's batches as long as every process has one of the same size; watch that they differ."""
+    warned = False
+    while True:
+        batch = next(batches, None)
+        # Number of images, 0 at the end, and their sum, of each process.
+        found = torch.zeros(ranks.size, 2, dtype=torch.float64)
+        if batch is not None:
+            found[ranks.rank] = torch.tensor([len(batch[0]), float(batch[0].sum())])
+        sizes, sums = ranks.total(found).unbind(dim=1)
+        if len(sizes.unique()) > 1:
+            came = f"{sizes.int().tolist()} of them"
             raise InvalidValue(
-                f"expected `{key}` of shape ({config['num_classes']},), got {tuple(state[key].shape)}"
+                f"expected `source` to yield equally many images on every process, got {came}"
             )
-    if state["rng"].keys() != rngs.keys():
-        raise InvalidValue(
-            f"expected random generators of {', '.join(rngs)}, got those of {', '.join(state['rng'])}; give "
-            f"method and source an `rng` of their own or none, as before"
-        )
+        if batch is None:
+            return
+        if len(sums.unique()) < ranks.size and not warned:
+            warned = True
+            LOG.warning(
+                "FERDTrainer: `source` yields the same images on several processes; seed its generator by "
+                "`Ranks.here().rank`, or leave its `rng` None"
+            )
+        yield batch

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ferdlib._modes import borrowed
 from ferdlib.checkpoints import write_file
 from ferdlib.distributed import Ranks
 from ferdlib.synthesis import ImagePool
@@ -125,9 +126,10 @@ class CollapseMonitor:
 
 
 class StepLosses:
-    """Losses of an epoch's student steps, watched for NaN and infinity."""
+    """Losses of an epoch's student steps on all processes, watched for NaN and infinity."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         # Tensors on the device, read once per epoch.
         self.values: list[Tensor] = []
         self._healthy: list[Tensor] = []
@@ -137,27 +139,33 @@ class StepLosses:
         self.values.append(loss)
         self._healthy.append(is_finite(loss, [p.grad for p in student.parameters()]))
 
-    def mean(self) -> float:
-        """Mean over the steps; nan without any.
+    def mean(self, student: nn.Module, x: Tensor) -> float:
+        """Mean over the steps and processes; nan without any.
 
         Raises:
-            NonFiniteError: a loss or a gradient was not finite.
+            NonFiniteError: a loss or a gradient was not finite, or the student at the end, on some images.
         """
-        bad = first_bad(self._healthy)
+        if not self.values:
+            return math.nan
+        # The last step may overflow with finite gradients; its student would spoil the next epoch's images.
+        self._healthy[-1] &= sound(student, x)
+        bad = first_bad(list(self._ranks.everywhere(torch.stack(self._healthy))))
         if bad is not None:
             raise self._error(bad)
-        return float(torch.stack(self.values).mean()) if self.values else math.nan
+        return float(self._ranks.mean(torch.stack(self.values).mean()))
 
     @contextmanager
-    def watching(self, student: nn.Module) -> Iterator[None]:
-        """Trace the failure of a step back to the first numbers that were not finite, if there are any."""
+    def watching(self, student: nn.Module, x: Tensor) -> Iterator[None]:
+        """Trace a failure back to the first step whose numbers, or logits of x, were not finite, if any."""
         try:
             yield
+        except NonFiniteError:
+            raise
         except (RuntimeError, ValueError) as error:
-            # An attack refuses a student that is not finite, in words of its own.
-            self.mean()
-            if non_finite(student):
-                raise self._error(len(self.values) + 1) from error
+            # An attack refuses a student that is not finite in words of its own, and on one process perhaps.
+            bad = first_bad(self._healthy)
+            if bad is not None or not bool(sound(student, x)):
+                raise self._error(bad or len(self.values) + 1) from error
             raise
 
     def _error(self, step: int) -> NonFiniteError:
@@ -167,16 +175,25 @@ class StepLosses:
         )
 
 
+@torch.no_grad()
+def sound(student: nn.Module, x: Tensor) -> Tensor:
+    """True if weights and a few logits are finite and not too large to be squared; on the device."""
+    with borrowed(student):
+        return is_finite(student(x[:8]).float().square().sum(), student.parameters())
+
+
 def end_run(
     error: NonFiniteError,
     folder: Path | None,
     *,
     epoch: int,
-    class_probabilities: Tensor,
     optimizer: torch.optim.Optimizer,
     models: dict[str, nn.Module | None],
+    owner: str = "FERDTrainer",
+    remedy: str | None = None,
+    **figures: Any,
 ) -> NoReturn:
-    """Dump the diagnostics as JSON, if there is a folder for it, and raise.
+    """Dump the diagnostics and `figures` as JSON, if there is a folder for it, and raise.
 
     Raises:
         RuntimeError: always.
@@ -189,7 +206,7 @@ def end_run(
             "epoch": epoch,
             "step": error.step,
             "losses": error.losses,
-            "class_probabilities": class_probabilities.tolist(),
+            **figures,
             "learning_rates": [group["lr"] for group in optimizer.param_groups],
             "non_finite": {name: non_finite(model) for name, model in models.items()},
         }
@@ -199,10 +216,10 @@ def end_run(
             where = f"; {str(path)!r} has the figures"
         except OSError as failure:
             # The run ends for a better reason than this one.
-            LOG.warning("FERDTrainer: expected to write %r, got %s", str(path), failure)
+            LOG.warning("%s: expected to write %r, got %s", owner, str(path), failure)
     raise RuntimeError(
-        f"FERDTrainer: expected finite losses, gradients and logits, got NaN or infinity in epoch {epoch}, "
-        f"step {error.step} of the {error.part}; {REMEDIES[error.part]}{where}"
+        f"{owner}: expected finite losses, gradients and logits, got NaN or infinity in epoch {epoch}, step "
+        f"{error.step} of the {error.part}; {remedy or REMEDIES[error.part]}{where}"
     ) from error
 
 

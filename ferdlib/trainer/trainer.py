@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,9 +23,16 @@ from ferdlib.synthesis import Source
 from ferdlib.synthesis.health import NonFiniteError
 from ferdlib.synthesis.inversion import Batch, OptimizerFactory, adam
 from ferdlib.trainer import build
+from ferdlib.trainer import state as trainer_state
 from ferdlib.trainer.class_probabilities import ClassProbabilities, Rule
 from ferdlib.trainer.config import FERDConfig
-from ferdlib.trainer.monitor import CollapseMonitor, EpochStats, StepLosses, end_run, image_stats
+from ferdlib.trainer.monitor import (
+    CollapseMonitor,
+    EpochStats,
+    StepLosses,
+    end_run,
+    image_stats,
+)
 
 LOG = logging.getLogger("ferdlib")
 
@@ -112,6 +117,9 @@ class FERDTrainer:
             None if diagnostics is None else _checks.path("diagnostics", diagnostics)
         )
         self._ranks = Ranks.here()
+        if self._ranks.size > 1:
+            parts = [type(part).__name__ for part in (source, method, attack, reweight)]
+            build.check_one_run(teacher, student, config=config, seed=seed, parts=parts)
         # Images of a student step on this process.
         self._share = self._ranks.share("config.batch_size", config.batch_size)
         # One process has one generator. Of several, each also has its own, seeded anew every epoch.
@@ -139,6 +147,8 @@ class FERDTrainer:
         # What a source has still to yield in an epoch that `synthesize` began.
         self._begun: Iterator[Batch] = iter(())
         self._batch: Batch | None = None
+        # An epoch was begun and not finished: student and pool are those of no epoch.
+        self._within = False
 
         self.class_probabilities = torch.full((config.num_classes,), 1 / config.num_classes)
         self._probabilities = ClassProbabilities(
@@ -178,13 +188,16 @@ class FERDTrainer:
                     error,
                     self._diagnostics,
                     epoch=self.epoch + 1,
-                    class_probabilities=self.class_probabilities,
                     optimizer=self.student_optimizer,
                     models={"student": self.student, "generator": self.generator},
+                    class_probabilities=self.class_probabilities.tolist(),
                 )
 
     def fit(self) -> list[EpochStats]:
-        """Run `epochs()` to the end."""
+        """Run `epochs()` to the end.
+
+        Interrupted within an epoch, by Ctrl-C too, the trainer has no state to save: go on from the last one.
+        """
         return list(self.epochs())
 
     @public
@@ -250,17 +263,22 @@ class FERDTrainer:
         self.student_optimizer.step()
         return self._ranks.mean(loss)
 
+    @public
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to go on as if nothing had happened, as copies.
 
         Taken between epochs; the teacher is not in it. It holds tensors and plain values only, as
         `Checkpoints` and `torch.load(..., weights_only=True)` want it. Every process must call it.
+
+        Raises:
+            RuntimeError: an epoch was interrupted.
         """
-        # Shares are put together, so that any number of processes can go on.
-        pool = self.pool.state_dict()
-        columns = {name: self._ranks.gathered(rows) for name, rows in pool["columns"].items()}
-        whole = {"columns": columns, "added": pool["added"] * self._ranks.size}
-        return {**copy.deepcopy(self._state()), "pool": whole}
+        if self._within:
+            raise InvalidState(
+                f"expected a trainer between two epochs, got one that was stopped within epoch {self.epoch + 1}; "
+                f"go on from the last state that was saved"
+            )
+        return trainer_state.whole(self)
 
     @public
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,63 +288,34 @@ class FERDTrainer:
             ValueError: the state was made under another config (the fields that differ are named), for
                 another student, source or method, or with other random generators; nothing is loaded then.
         """
-        build.check_state(state, asdict(self.config), self.student, self._generators())
-        own, whole = copy.deepcopy(self._state()), state["pool"]
-        share: dict[str, Any] = {"added": self._ranks.share("images in the pool", whole["added"])}
-        share["columns"] = {name: self._ranks.part(rows) for name, rows in whole["columns"].items()}
-        try:
-            # Optimizers keep the tensors that they are given; the pool makes its own copy.
-            self._load(copy.deepcopy({key: value for key, value in state.items() if key != "pool"}))
-            self.pool.load_state_dict(share, device=self.device)
-        except Exception:
-            self._load(own)
-            raise
-        self._batch, self._begun = None, iter(())
-
-    def _state(self) -> dict[str, Any]:
-        """Everything but the pool, not copied."""
-        return {
-            "config": asdict(self.config),
-            "epoch": self.epoch,
-            "student": self.student.state_dict(),
-            "student_optimizer": self.student_optimizer.state_dict(),
-            "source": self.source.state_dict(),
-            "method": self.method.state_dict(),
-            "class_probabilities": self.class_probabilities,
-            "statistic": self._probabilities.statistic,
-            "largest_diversity": self._monitor.largest_diversity,
-            "rng": {name: rng.get_state() for name, rng in self._generators().items()},
-        }
-
-    def _load(self, state: dict[str, Any]) -> None:
-        for name in ("student", "student_optimizer", "source", "method"):
-            getattr(self, name).load_state_dict(state[name])
-        for name, rng in self._generators().items():
-            rng.set_state(state["rng"][name])
-        self.class_probabilities, self.epoch = state["class_probabilities"], state["epoch"]
-        self._probabilities.statistic = state["statistic"]
-        self._monitor.largest_diversity = state["largest_diversity"]
+        trainer_state.load(self, state)
+        self._batch, self._begun, self._within = None, iter(()), False
 
     def _run_epoch(self) -> EpochStats:
         """Algorithm 1: for each batch of the source, store it, reweight the classes, distil."""
         start = time.perf_counter()
         warmup = self.epoch < self.config.warmup_epochs
-        self._batch, losses = None, StepLosses()
+        if self._within:
+            LOG.warning(
+                "FERDTrainer: epoch %d begins again, after steps of its own", self.epoch + 1
+            )
+        self._within = True
+        self._batch, losses = None, StepLosses(self._ranks)
         self._ranks.reseed(self._own_rng, self._rng)
         build.set_rates(self.student_optimizer, self._initial_rates, self.config, self.epoch)
         for batch in self._source_epoch():
             self._store(batch)
             self.update_class_probabilities()
             for _ in range(0 if warmup else self.config.student_steps):
-                with losses.watching(self.student):
+                with losses.watching(self.student, batch[0]):
                     losses.add(self.distill_step(), self.student)
-        # Only now, because reading a loss makes an accelerator wait.
-        student_loss = losses.mean()
         if self._batch is None:
             raise RuntimeError("FERDTrainer.epochs: expected `source` to yield a batch, got none")
+        # Only now, because reading a loss makes an accelerator wait.
+        student_loss = losses.mean(self.student, self._batch[0])
         if not warmup:
             self._end_epoch_of_method()
-        self.epoch += 1
+        self.epoch, self._within = self.epoch + 1, False
         stats = self._stats(warmup, student_loss, time.perf_counter() - start)
         LOG.info("%s", stats)
         self._monitor.watch(stats)
@@ -336,7 +325,8 @@ class FERDTrainer:
         """Begin an epoch of the source; the teacher's owner may have loaded weights since the last one."""
         if isinstance(self._fast_teacher, FrozenModel):
             self._fast_teacher.follow(self.teacher)
-        return iter(self.source.epoch(self.student, self.class_probabilities))
+        batches = iter(self.source.epoch(self.student, self.class_probabilities))
+        return batches if self._ranks.size == 1 else build.in_step(batches, self._ranks)
 
     def _store(self, batch: Batch) -> Batch:
         """Append a batch to the pool, with what is computed once per image."""
@@ -391,9 +381,4 @@ class FERDTrainer:
             synthesis=dict(self.source.metrics),
             seconds=seconds,
             **image_stats(self.pool, x, y, logits, self.config.num_classes, self._ranks),
-        )
-
-    def _generators(self) -> dict[str, torch.Generator]:
-        return build.random_generators(
-            self._rng, self._own_rng, method=self.method, source=self.source
         )
