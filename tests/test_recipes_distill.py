@@ -77,6 +77,10 @@ def test_a_resumed_run_is_the_undisturbed_one(preset, folder, tmp_path, capsys):
         other = save_model(tmp_path / "other.pt", num_classes=3, in_channels=3, seed=1)
         assert refused(*words, *resume, "--teacher", other).endswith("got others for --teacher")
         assert "expected --resume auto or another" in refused(*words, "--out", tmp_path / "a")
+        inside = ["--teacher-mean", 0.4, 0.4, 0.4, "--teacher-std", 1, 1, 1]
+        assert "--teacher-mean, " in refused(*words, *resume, *inside)
+        elsewhere = save_folder(tmp_path / "elsewhere", test=5)
+        assert refused(*words, *resume, "--root", elsewhere).endswith("got others for --root")
     run(*words, *resume)
     assert not (tmp_path / "a" / "checkpoints").exists()
     run(*words, "--out", tmp_path / "b")

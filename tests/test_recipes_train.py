@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import signal
@@ -12,8 +14,10 @@ import pytest
 import torch
 from commands import refused, run, save_folder, save_model
 from tiny_ferd import same
+from torchvision.utils import save_image
 
 from ferdlib import methods
+from ferdlib.checkpoints import write_file
 from ferdlib.evaluation import RobustnessReport, evaluate
 from ferdlib.methods import rules
 from ferdlib.models import load_checkpoint, small_cnn
@@ -431,4 +435,40 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 def test_a_training_that_runs_away_is_one_sentence(tmp_path):
     words = ["--smoke", "--method", "trades", "--rule", "none", "--lr", 1e20]
     sentence = refused("train", *words, "--out", tmp_path)
-    assert re.search("expected finite|the loss became nan", sentence)
+    said = (
+        r"got NaN or infinity in epoch (\d), step (\d) of the student; lower --lr; '(.*)' has the"
+    )
+    epoch, step, file = re.search(said, sentence).groups()
+    found = json.loads(Path(file).read_text("utf-8"))
+    assert (found["epoch"], found["step"], found["part"]) == (int(epoch), int(step), "student")
+    assert len(found["losses"]["student"]) >= int(step) - 1
+
+
+def test_other_images_under_the_same_options_are_refused(tmp_path):
+    words = ["train", "--data", "folder", "--val-images", 9, "--batch-size", 9, "--eps", 0.05]
+    words += ["--attack-steps", 1, "--epochs", 2, "--student", "small_cnn_2", "--method", "sat"]
+    words += ["--rule", "none", "--out", tmp_path / "out"]
+    roots = [save_folder(tmp_path / name, size=size) for name, size in (("a", 8), ("b", 8))]
+    image = tmp_path / "b" / "train" / "ant" / "0.png"
+    save_image(torch.zeros(3, 8, 8), image)
+    with pytest.raises(SystemExit):
+        run(*words, "--root", roots[0], "--max-minutes", 0)
+    assert refused(*words, "--root", roots[1], "--resume", "auto").endswith("others for --root")
+
+
+def test_a_disk_that_is_full_at_the_very_end_says_where_the_checkpoints_are(tmp_path, monkeypatch):
+    words = ["train", *RUN, "--method", "sat", "--rule", "none", "--out", tmp_path]
+
+    def full(target, content):
+        if target.suffix == ".png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        write_file(target, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ferdlib.recipes.evaluate.write_file", full)
+        sentence = refused(*words)
+    assert f"the checkpoints in '{tmp_path}/checkpoints' stay: make room" in sentence
+    assert "No space left on device: '" in sentence
+    assert not list(tmp_path.rglob("*.partial"))
+    run(*words, "--resume", "auto")
+    assert (tmp_path / "classwise.png").exists()

@@ -85,8 +85,8 @@ def evaluate(
             model's but for rounding, so single samples may fall that would not, or the other way round. The trust
             checks look at the model itself.
         device: of the samples; None takes that of the model's first parameter.
-        resume: a folder that keeps each finished attack and block. The same call continues from it; another model or
-            attack is refused, which outputs and gradients at the first samples tell.
+        resume: a folder that keeps each finished attack and block. The same call continues from it; another model
+            or attack is refused, which outputs and gradients at the first samples tell.
         trust: also run `trust_checks`, on at least two samples of each class.
         progress: a bar with the running worst-case accuracies (needs tqdm), under this name if it is a string.
 

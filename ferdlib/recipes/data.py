@@ -6,6 +6,7 @@ other classification data sets of torchvision too, and reads these image by imag
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +56,13 @@ class Images(Dataset[tuple[Tensor, int]]):
         pixels = self.pixels[index].to(device)
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return x, self.labels[index].to(device)
+
+    def digest(self) -> str:
+        """SHA-256 of names, labels and pixels, in hexadecimal."""
+        found = hashlib.sha256(repr((self.class_names, self.pixels.shape)).encode())
+        for values in (self.labels, self.pixels):
+            found.update(values.contiguous().numpy().data)
+        return found.hexdigest()
 
     def part(self, index: Tensor) -> Images:
         """Some of the images, in this order."""

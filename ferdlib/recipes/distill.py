@@ -49,8 +49,10 @@ def run(args: Distill) -> None:
         check_folder(args.run.out)
         build_model(args.student, **images.sizes)
         teacher = load_teacher(args, images, session)
-        trainer = distil(teacher, config, args, session, name="student", title="FERD")
-    report(trainer, tested, images, published, args)
+        trainer = distil(
+            teacher, config, args, session, name="student", title="FERD", root=images.digest()
+        )
+    report(trainer, tested, images, published, args, session)
     session.clear()
 
 
@@ -78,7 +80,8 @@ def load_teacher(args: Distill, images: Images, session: Session) -> nn.Module:
         if Ranks.here().first:
             architecture = str(training.args.models.student)
             path = args.run.out / "teacher.pt"
-            write_model(model, path, architecture=architecture, **images.sizes)
+            with session.results():
+                write_model(model, path, architecture=architecture, **images.sizes)
     else:
         file = args.teacher
         if str(file) in PUBLISHED:
@@ -113,8 +116,9 @@ def distil(
     *,
     name: str,
     title: str,
+    root: str | None = None,
 ) -> FERDTrainer:
-    """Continue a student or start it, and train it to the last epoch."""
+    """Continue a student or start it, and train it to the last epoch; `root` is a digest of the test images."""
     torch.manual_seed(args.run.seed)
     channels = config.image_shape[0]
     student = build_model(args.student, config.num_classes, in_channels=channels)
@@ -132,7 +136,7 @@ def distil(
         device=args.run.device,
         diagnostics=args.run.out if Ranks.here().first else None,
     )
-    settings = settings_of(replace(args, ferd=config)) | {"teacher": digest(teacher)}
+    settings = settings_of(replace(args, ferd=config)) | {"teacher": digest(teacher), "root": root}
     session.resume(trainer, name, settings)
     session.finish(
         trainer,
@@ -177,7 +181,12 @@ def measure_all(
 
 
 def report(
-    trainer: FERDTrainer, tested: Dataset[Any], images: Images, published: Protocol, args: Distill
+    trainer: FERDTrainer,
+    tested: Dataset[Any],
+    images: Images,
+    published: Protocol,
+    args: Distill,
+    session: Session,
 ) -> None:
     """Attack teacher and student class by class; print and write all results."""
     models = {"teacher": trainer.teacher, "student": trainer.student}
@@ -185,19 +194,19 @@ def report(
     if not Ranks.here().first:
         return
     out = args.run.out
-    write_model(trainer.student, out / "student.pt", architecture=args.student, **images.sizes)
-    for name, found in reports.items():
-        found.save(out / f"report-{name}.json")
+    with session.results():
+        write_model(trainer.student, out / "student.pt", architecture=args.student, **images.sizes)
+        for name, found in reports.items():
+            found.save(out / f"report-{name}.json")
     comparison = compare(reports)
     print(f"\n{comparison}\n\n{comparison.test('student', 'teacher', 'PGD-20')}\n")
     print(f"The student, {args.preset}:\n{reports['student']}\n")
-    drawn = save_figures(
-        out,
-        {
-            "classwise": side_by_side(reports, published),
-            "synthetic": synthetic(trainer, images.class_names[:10]),
-        },
-    )
+    figures = {
+        "classwise": side_by_side(reports, published),
+        "synthetic": synthetic(trainer, images.class_names[:10]),
+    }
+    with session.results():
+        drawn = save_figures(out, figures)
     names = ["student.pt", *(f"report-{name}.json" for name in reports), *drawn]
     print(f"{args.preset}, seed {args.run.seed}; {written(out, *names)}")
     shown = {"checkpoint": out / "student.pt", "data": args.images.data, "root": args.images.root}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import ferdlib
 from ferdlib import plots
-from ferdlib.checkpoints import write_file
-from ferdlib.distributed import Ranks, gather, join, share
+from ferdlib.checkpoints import digest, write_file
+from ferdlib.distributed import Ranks, check_same, gather, join, share
 from ferdlib.evaluation import (
     PROTOCOLS,
     AttackResult,
@@ -57,6 +58,9 @@ def run(args: Evaluate) -> None:
     """Check the options, attack, print and write."""
     args = replace(args, device=join(device(args.device)))
     work = prepare(args)
+    model = digest(work.model) if isinstance(work.model, nn.Module) else None
+    count = len(work.data)  # type: ignore[arg-type]
+    check_same(version=ferdlib.__version__, model=model, protocol=work.protocol, images=count)
     report, sweep = measured(work, args)
     if not Ranks.here().first:
         return

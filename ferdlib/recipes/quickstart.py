@@ -99,8 +99,6 @@ def run(args: Quickstart) -> None:
     comparison = compare(reports)
     print(f"\n{comparison}\n\n{comparison.test('FERD', 'teacher', 'PGD-20')}\n")
     print(f"The FERD student:\n{reports['FERD']}\n")
-    for name in ("teacher", "FERD"):
-        reports[name].save(out / f"report-{name}.json")
     weights = plot_weights(
         trainer.class_probabilities,
         reports["FERD"]["PGD-20"].class_accuracy,
@@ -113,14 +111,17 @@ def run(args: Quickstart) -> None:
     )
     both = {name: reports[name] for name in ("teacher", "FERD")}
     figures = {"classwise": distill.side_by_side(both, published), "weights": weights}
-    drawn = save_figures(out, figures | {"synthetic": distill.synthetic(trainer, test.class_names)})
-    for name, model, architecture in (
-        ("teacher", teacher, TEACHER),
-        ("student", trainer.student, STUDENT),
-    ):
-        write_model(model, out / f"{name}.pt", architecture=architecture, **test.sizes)
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {size:,} parameters")
+    parts = [("teacher", teacher, TEACHER), ("student", trainer.student, STUDENT)]
+    with session.results():
+        for name, model, architecture in parts:
+            write_model(model, out / f"{name}.pt", architecture=architecture, **test.sizes)
+        for name in both:
+            reports[name].save(out / f"report-{name}.json")
+        drawn = save_figures(
+            out, figures | {"synthetic": distill.synthetic(trainer, test.class_names)}
+        )
+    for name, model, _ in parts:
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     session.clear()
     names = ["teacher.pt", "student.pt", "report-teacher.json", "report-FERD.json", *drawn]
     print(f"seed {args.run.seed}; {written(out, *names)}")

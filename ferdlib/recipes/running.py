@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ferdlib.checkpoints import Checkpoints
-from ferdlib.distributed import Ranks
+from ferdlib.distributed import Ranks, check_same, gather
 from ferdlib.recipes import Stopped
 from ferdlib.recipes.options import RunOptions
 
@@ -82,6 +83,9 @@ class Session:
                 f"of an unfinished run"
             )
         found = checkpoints.latest()
+        # A process on another machine may see another folder, or have been given other options.
+        step = None if found is None else found[0]
+        check_same(**{flag(key): value for key, value in settings.items()}, checkpoints=step)
         if found is None:
             return
         if found[1].keys() != KEYS:
@@ -90,6 +94,8 @@ class Session:
             )
         theirs = found[1]["settings"]
         differing = [flag(each) for each in settings if theirs.get(each) != settings[each]]
+        # Other images follow from another seed, too.
+        differing = [each for each in differing if each != "--root"] or differing
         if differing:
             raise ValueError(
                 f"expected the options that the checkpoint was made with, got others for {', '.join(differing)}"
@@ -135,9 +141,23 @@ class Session:
                     state = {"settings": dict(settings), "run": run.state_dict()}
                     if first:
                         checkpoints.save(state, run.epoch)
+                    # However long the disk takes.
+                    gather(None)
                 if stopped or (late and run.epoch < total):
                     status = 128 + self._signal if self._signal else 0
                     raise Stopped(f"after epoch {run.epoch} of {total} of {title}", status)
+
+    @contextmanager
+    def results(self) -> Iterator[None]:
+        """Write results in the block; where that fails, say where the work of hours lies."""
+        try:
+            yield
+        except OSError as error:
+            folder = self.options.out / "checkpoints"
+            raise OSError(
+                f"expected to write the results to {str(self.options.out)!r}, got {error}; the checkpoints in "
+                f"{str(folder)!r} stay: make room, and give the command again with --resume auto"
+            ) from error
 
     def clear(self) -> None:
         """Delete all checkpoints: the results are written."""

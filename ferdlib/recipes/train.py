@@ -48,14 +48,16 @@ def run(args: Train) -> None:
             if first:
                 architecture = str(each.args.models.student)
                 path = out / f"{name}.pt"
-                write_model(model, path, architecture=architecture, **training.val.sizes)
+                with session.results():
+                    write_model(model, path, architecture=architecture, **training.val.sizes)
     attacks = protocol("fair-ard", args)
     attacks = attacks if args.test.autoattack else attacks.without("AutoAttack")
     report = measure(training.student, tested, attacks, names, progress=first)
     if not first:
         return
-    report.save(out / "report.json")
-    drawn = save_figures(out, {"classwise": classwise(report)})
+    with session.results():
+        report.save(out / "report.json")
+        drawn = save_figures(out, {"classwise": classwise(report)})
     session.clear()
     kept = f"epoch {training.best['epoch']} of {args.sgd.epochs}"
     title = f"{name_of(args)}, {args.objective.preset}, {args.models.student}, {kept}"
@@ -226,6 +228,8 @@ def fit(training: Training, session: Session, name: str) -> nn.Module:
     """Continue a training or start it, and return the model with the weights that are kept."""
     digests = {teacher: digest(model) for teacher, model in training.teachers.items()}
     settings = settings_of(training.args) | digests
+    # Another folder of images of the same sizes is another training.
+    settings |= {"root": f"{training.images.digest()} {training.val.digest()}"}
     session.resume(training, name, settings)
     session.finish(
         training,

@@ -19,6 +19,8 @@ from ferdlib.methods import FairAverage
 from ferdlib.recipes.data import AUGMENTATIONS, Images
 from ferdlib.recipes.evaluate import measure
 from ferdlib.recipes.options import Train
+from ferdlib.synthesis.health import NonFiniteError
+from ferdlib.trainer.monitor import StepLosses, end_run
 
 EMA_DECAY = 0.98
 
@@ -95,28 +97,19 @@ class Training:
         trained = ranks.parallel(student)
         while self.epoch < self.epochs:
             start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
-            order = torch.randperm(len(self.images), generator=self.shared)
-            ranks.reseed(self.own, self.shared)
-            total = torch.zeros((), device=self.device)
-            trained.train()
-            for index in order[: self.steps * self.size].split(self.size):
-                x, y = self._augmented(ranks.part(index))
-                with self._precision():
-                    reference = method.reference(x)
-                    x_adv = method.attack(student, x, y, reference)
-                    loss = method.loss(trained, x, x_adv, y, reference).mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                self.schedule.step()
-                if isinstance(self.average, AveragedModel):
-                    self.average.update_parameters(student)
-                total += loss.detach()
-            self._end_epoch()
-            mean = float(ranks.mean(total)) / self.steps
-            if not mean < float("inf"):
-                raise RuntimeError(f"the loss became {mean} in epoch {self.epoch}; lower --lr")
-            found = self._keep_best()
+            epoch = self.epoch + 1
+            try:
+                mean, found = self._epoch(trained)
+            except NonFiniteError as error:
+                end_run(
+                    error,
+                    self.args.run.out if ranks.first else None,
+                    epoch=epoch,
+                    optimizer=self.optimizer,
+                    models={"student": student},
+                    owner=type(method).__name__,
+                    remedy="lower --lr",
+                )
             yield {
                 "loss": mean,
                 "held-out": found.average,
@@ -130,6 +123,32 @@ class Training:
                     )
                 },
             }
+
+    def _epoch(self, trained: nn.Module) -> tuple[float, AttackResult]:
+        """Train through all images once; returns the mean loss, and the robustness on those held out."""
+        method, student, ranks = self.method, self.student, Ranks.here()
+        order = torch.randperm(len(self.images), generator=self.shared)
+        ranks.reseed(self.own, self.shared)
+        losses, (some, _) = StepLosses(ranks), self.images.batch(slice(0, 8), self.device)
+        trained.train()
+        with losses.watching(student, some):
+            for index in order[: self.steps * self.size].split(self.size):
+                x, y = self._augmented(ranks.part(index))
+                with self._precision():
+                    reference = method.reference(x)
+                    x_adv = method.attack(student, x, y, reference)
+                    loss = method.loss(trained, x, x_adv, y, reference).mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                self.schedule.step()
+                if isinstance(self.average, AveragedModel):
+                    self.average.update_parameters(student)
+                losses.add(loss.detach(), student)
+            mean = losses.mean(student, some)
+            self._end_epoch()
+            found = self._keep_best()
+        return mean, found
 
     def probe(self) -> None:
         """Try two images and the end of an epoch, which complain of settings and teachers that do not fit."""
