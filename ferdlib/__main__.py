@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = str(error) or type(error).__name__
         if processes != "1":
             # What one process finds, every one says.
-            said = importlib.import_module("ferdlib.distributed").reason_to_end(said)
+            said = importlib.import_module("ferdlib._meeting").reason_to_end(said)
         _refuse(name, said)
 
 

@@ -22,10 +22,9 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset, Subset
 
 from ferdlib._checks import InvalidType, InvalidValue, got, public
-from ferdlib._meeting import TIMEOUT, meet, post, reason_to_end, said_by, sign_of_life
+from ferdlib._meeting import TIMEOUT, meet, post, said_by, sign_of_life
 
-__all__ = ["Ranks", "check_same", "first_ahead", "gather", "join", "reason_to_end", "share"]
-__all__ += ["sum_over_ranks"]
+__all__ = ["Ranks", "check_same", "first_ahead", "gather", "join", "share", "sum_over_ranks"]
 
 
 @dataclass(frozen=True)

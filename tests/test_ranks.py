@@ -13,7 +13,6 @@ from ferdlib.distributed import (
     check_same,
     first_ahead,
     gather,
-    reason_to_end,
     share,
     sum_over_ranks,
 )
@@ -150,7 +149,7 @@ def test_all_processes_say_what_one_has_found():
 
 def one_ends(rank, size, gives_a_reason):
     if rank == 1:
-        return reason_to_end("the disk is full") if gives_a_reason else _meeting._life
+        return _meeting.reason_to_end("the disk is full") if gives_a_reason else _meeting._life
     if not gives_a_reason:
         _meeting.TIMEOUT, _meeting.BEAT = 1.0, 0.1
     return sentence(gather, 0)
@@ -166,7 +165,7 @@ def test_one_process_needs_no_group():
     assert share(data) is data
     assert gather(data) == [data]
     check_same(seed=0)
-    assert reason_to_end("a") == "a"
+    assert _meeting.reason_to_end("a") == "a"
     one = Ranks.here()
     assert (one.rank, one.size, one.first) == (0, 1, True)
     rows = torch.arange(3.0, requires_grad=True)

@@ -165,11 +165,11 @@ def _entry(content: Mapping[Any, Any], name: str, given: Any, kind: type, file: 
     return value
 
 
-def _check_sizes(architecture: str, num_classes: int, in_channels: int, file: Path) -> None:
+def _check_sizes(architecture: Any, num_classes: Any, in_channels: Any, file: Path) -> None:
     """Refuse sizes that the file cannot hold a number for each of, before memory is asked for them."""
     held = file.stat().st_size
-    numbers = [num_classes, in_channels, *map(int, re.findall(r"\d{1,18}", architecture))]
-    if max(numbers) > held:
+    numbers = [*map(int, re.findall(r"\d{1,18}", str(architecture))), num_classes, in_channels]
+    if any(isinstance(number, int) and number > held for number in numbers):
         raise InvalidValue(
             f"expected `path` to hold all weights of a {architecture} for {num_classes} classes and {in_channels} "
             f"channels, got {str(file)!r} of {held} bytes"

@@ -165,30 +165,9 @@ class ImagePool:
             ValueError: not the state of a pool of this capacity and dtype; nothing is loaded then.
         """
         place = None if device is None else _checks.device(device)
-        columns = self.checked(state, capacity=self.capacity)["columns"].items()
+        columns = checked_state(state, dtype=self.dtype, capacity=self.capacity)["columns"].items()
         self._columns = {name: values.to(place, copy=True) for name, values in columns}
         self._added = state["added"]
-
-    def checked(self, state: Any, *, capacity: int | None) -> dict[str, Any]:
-        """Return the state of a pool of this dtype and some capacity, or refuse it."""
-        _checks.keys(("columns", "added"), state=state)
-        columns, added = state["columns"], state["added"]
-        _checks.integer(0, added=added)
-        kept = added if capacity is None else min(added, capacity)
-        _checks.instance(dict, columns=columns)
-        _checks.tensor(**{str(name): values for name, values in columns.items()})
-        fits = not columns and not added
-        if {"images", "labels"} <= columns.keys():
-            fits = {len(values) if values.ndim else 0 for values in columns.values()} == {kept}
-            fits = fits and columns["images"].ndim == 4 and columns["images"].dtype == self.dtype
-            fits = fits and columns["labels"].ndim == 1 and columns["labels"].dtype == torch.int64
-        if not fits:
-            came = ", ".join(f"{name}: {got(values)}" for name, values in columns.items()) or "none"
-            dtype = str(self.dtype).removeprefix("torch.")
-            raise InvalidValue(
-                f"expected `state` of {kept} images in {dtype} with int64 labels, got columns {came}"
-            )
-        return dict(state)
 
     def _drawn(self, count: int, rng: torch.Generator | None) -> Tensor:
         _checks.integer(1, count=count)
@@ -233,3 +212,24 @@ class ImagePool:
             if held:
                 column[:held] = self._columns[name]
             self._columns[name] = column
+
+
+def checked_state(state: Any, *, dtype: torch.dtype, capacity: int | None) -> dict[str, Any]:
+    """Return the state of a pool of this dtype and capacity, or refuse it."""
+    _checks.keys(("columns", "added"), state=state)
+    columns, added = state["columns"], state["added"]
+    _checks.integer(0, added=added)
+    kept = added if capacity is None else min(added, capacity)
+    _checks.instance(dict, columns=columns)
+    _checks.tensor(**{str(name): values for name, values in columns.items()})
+    fits = not columns and not added
+    if {"images", "labels"} <= columns.keys():
+        fits = {len(values) if values.ndim else 0 for values in columns.values()} == {kept}
+        fits = fits and columns["images"].ndim == 4 and columns["images"].dtype == dtype
+        fits = fits and columns["labels"].ndim == 1 and columns["labels"].dtype == torch.int64
+    if not fits:
+        came = ", ".join(f"{name}: {got(values)}" for name, values in columns.items()) or "none"
+        raise InvalidValue(
+            f"expected `state` of {kept} images in {str(dtype)[6:]} with int64 labels, got columns {came}"
+        )
+    return dict(state)

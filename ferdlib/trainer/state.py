@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ferdlib._checks import InvalidValue, got
+from ferdlib.synthesis.pool import checked_state
 
 if TYPE_CHECKING:
     from ferdlib.trainer.trainer import FERDTrainer
@@ -28,7 +29,8 @@ def load(trainer: FERDTrainer, state: Any) -> None:
     """Continue from a state; one that is refused, also half way, changes nothing."""
     own, ranks = copy.deepcopy(_own(trainer)), trainer._ranks
     check(state, own)
-    pool = trainer.pool.checked(state["pool"], capacity=trainer.config.pool_capacity)
+    sizes: Any = {"dtype": trainer.pool.dtype, "capacity": trainer.config.pool_capacity}
+    pool = checked_state(state["pool"], **sizes)
     share: dict[str, Any] = {"added": ranks.share("images in the pool", pool["added"])}
     share["columns"] = {name: ranks.part(rows) for name, rows in pool["columns"].items()}
     try:
