@@ -10,6 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -76,10 +77,27 @@ def named(owner: object, *names: str) -> dict[str, Any]:
     return {name: getattr(owner, name) for name in names}
 
 
+def plain(value: Any) -> Any:
+    """Python's own number for a NumPy scalar, or an array or tensor without dimensions; else the value itself."""
+    # Their own first: torch.compile cannot look for attributes of a number that varies.
+    if type(value) in (int, float):
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def settle(owner: Any) -> None:
+    """Make the numbers in a dataclass, and in its tuples, Python's own: files hold no others."""
+    for each in fields(owner):
+        value = getattr(owner, each.name)
+        own = tuple(map(plain, value)) if type(value) is tuple else plain(value)
+        # The dataclass may be frozen.
+        object.__setattr__(owner, each.name, own)
+
+
 def real(low: float = -math.inf, high: float = math.inf, /, **named: Any) -> None:
     """Finite numbers in `[low, high]`."""
     for name, value in named.items():
-        _number(name, value)
+        value = _number(name, value)
         # Comparisons, which torch.compile can follow where a number varies; it cannot `math.isfinite`.
         if not (-math.inf < value < math.inf and low <= value <= high):
             raise InvalidValue(f"expected `{name}` in {interval(low, high)}, got {value!r}")
@@ -95,22 +113,25 @@ def interval(low: float, high: float) -> str:
 def positive(**named: Any) -> None:
     """Finite numbers above 0."""
     for name, value in named.items():
-        _number(name, value)
+        value = _number(name, value)
         if not 0 < value < math.inf:
             raise InvalidValue(f"expected `{name}` in (0, inf), got {value!r}")
 
 
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: Any) -> Any:
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise InvalidType(f"expected `{name}` to be a number, got {got(value)}")
+    return number
 
 
 def integer(low: int, /, **named: Any) -> None:
     """Integers from `low` on."""
     for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        number = plain(value)
+        if isinstance(number, bool) or not isinstance(number, int):
             raise InvalidType(f"expected `{name}` to be an int, got {got(value)}")
-        if value < low:
+        if number < low:
             raise InvalidValue(f"expected `{name}` >= {low}, got {value}")
 
 
@@ -161,7 +182,9 @@ def pair(low: float = -math.inf, /, **named: Any) -> None:
 def strings(count: int | None = None, /, **named: Any) -> None:
     """Lists of strings, of `count` if it is given."""
     for name, value in named.items():
-        sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        # An array of strings is no Sequence.
+        sequence = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+        sequence = sequence and not isinstance(value, str)
         if not sequence or not all(isinstance(each, str) for each in value):
             raise InvalidType(f"expected `{name}` as a list of strings, got {got(value)}")
         if count is not None and len(value) != count:

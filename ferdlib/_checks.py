@@ -16,9 +16,25 @@ from torch import Tensor, nn
 
 # The rooms know one module of checks, so this one passes on those of plain values.
 from ferdlib._arguments import *  # noqa: F403
-from ferdlib._arguments import InvalidType, InvalidValue, got, interval, keys, positive, real
+from ferdlib._arguments import InvalidType, InvalidValue, got, interval, keys, plain, positive, real
+from ferdlib._modes import logits_of
 
 WIDE = (torch.float32, torch.float64)
+# Keys of a batch that is a mapping: transformers' and torchvision's, then what people write.
+IMAGES = ("pixel_values", "images", "image", "img", "x")
+LABELS = ("labels", "label", "targets", "target", "y")
+
+
+def has_float64(device: torch.device) -> bool:
+    """True of devices that are known to have float64; Apple's GPUs have none."""
+    return device.type in ("cpu", "cuda", "xpu", "xla")
+
+
+def double(value: Tensor, device: torch.device | None = None) -> Tensor:
+    """The values in float64, or in float32 on a device that has no wider dtype; moved to `device`."""
+    device = value.device if device is None else device
+    # Converted where both dtypes are: Apple's GPUs cannot even be sent float64.
+    return value.to(device).double() if has_float64(device) else value.float().to(device)
 
 
 def tensor(**named: Any) -> None:
@@ -57,8 +73,28 @@ def images(bounds: tuple[float, float] | None = None, /, **named: Any) -> None:
             )
 
 
+def batch(**named: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a batch: a pair, or a mapping with their usual names."""
+    ((name, value),) = named.items()
+    if isinstance(value, Mapping):
+        came = f"a mapping with {', '.join(map(str, value))}"
+        known = [[key for key in usual if key in value] for usual in (IMAGES, LABELS)]
+        value = [value[found[0]] for found in known if found]
+    else:
+        came = got(value)
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        wanted = f"pairs of images and labels, or mappings with {IMAGES[0]} and {LABELS[0]}"
+        raise InvalidType(f"expected batches of `{name}` to be {wanted}, got {came}")
+    tensor(**{name: value[0], f"labels of {name}": value[1]})
+    return value[0], value[1]
+
+
 def logits(**named: Any) -> tuple[Tensor, ...]:
-    """Float logits `(N, K)` with K >= 2, of one shape and device; returned in float32 or wider."""
+    """Float logits `(N, K)` with K >= 2, of one shape and device; returned in float32 or wider.
+
+    A model's output with `logits` inside stands for them.
+    """
+    named = {name: logits_of(value) for name, value in named.items()}
     floating(**named)
     for name, value in named.items():
         if value.ndim != 2 or value.shape[1] < 2:
@@ -163,6 +199,7 @@ def confusion(*, batched: bool = False, **named: Any) -> None:
 
 def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) -> float | Tensor:
     """Return a number >= 0 (or > 0), or one per sample `(N,)` as `(N, 1, ..., 1)` to broadcast against `x`."""
+    value = plain(value)
     if not isinstance(value, Tensor):
         check = positive if above_zero else partial(real, 0)
         check(**{name: value})

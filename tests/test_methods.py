@@ -54,6 +54,7 @@ def test_attack(name, preset):
 def test_adaad_climbs_the_teacher_too_in_the_mode_that_was_asked_for(train_mode):
     student, teacher, (x, y) = model(0).train(), model(10), batch()
     settings = {"loss": lambda z, _: kl(z[1], z[0]), "random_start": "normal"}
+    settings["train_mode"] = train_mode
 
     def examples(network, guide):
         return pgd(lambda v: [network(v), guide(v)], x, y, rng=seeded(3), **settings)

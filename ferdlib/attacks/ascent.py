@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidType, InvalidValue
-from ferdlib._modes import borrowed
+from ferdlib._modes import borrowed, logits_of, modules_behind
 
 Model = Callable[[Tensor], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -75,9 +75,9 @@ class Ascent:
         """
         _checks.callable_(loss=loss)
         _checks.callable_or_none(on_step=on_step)
-        # A model that trains already keeps its frozen layers frozen.
-        trains = isinstance(self.model, nn.Module) and self.model.training
-        mode = None if self.train_mode and trains else self.train_mode
+        # Of several models behind a callable, none is known to be the one to be trained.
+        several = len(modules_behind(self.model)) > 1
+        mode = None if self.train_mode and several else self.train_mode
         with torch.inference_mode(False), torch.enable_grad(), borrowed(self.model, training=mode):
             # Notation: adv, x^(t); left, its rows that are still attacked; here, the values of these rows.
             start = draw_start(self.origin, self.random_start, self.eps, self.rng)
@@ -87,7 +87,8 @@ class Ascent:
             for step in range(self.steps):
                 # A slice is a view, so a batch that stays whole is not copied.
                 here = adv[left].requires_grad_()
-                output = self.model(here.to(self.x.dtype))
+                # A copy, since a model may write to its input, which autograd forbids here.
+                output = self.model(here.to(self.x.dtype, copy=True))
                 total = _total(loss, output, targets[left])
                 # The sign of NaN is 0 in torch: without this sum a broken model would pass for a robust one.
                 health = health + total.detach()
@@ -130,11 +131,17 @@ def misclassified(labels: Tensor, train_mode: bool) -> Stop:
 
 
 def predicted(step: int, output: Any) -> Tensor:
-    """Classes of logits, or of a tuple that begins with them, which are checked at the first step."""
-    logits = output[0] if isinstance(output, tuple) and output else output
+    """Classes of the logits in an output."""
+    return leading(step, output).argmax(dim=1)
+
+
+def leading(step: int, output: Any) -> Tensor:
+    """Logits in an output, or in a tuple that begins with them; checked at the first step."""
+    logits = logits_of(output)
+    logits = logits[0] if isinstance(logits, tuple) and logits else logits
     if step == 0:
         _checks.logits(**{"model(x)": logits})
-    return logits.argmax(dim=1)  # type: ignore[no-any-return]
+    return logits  # type: ignore[no-any-return]
 
 
 def draw_start(
@@ -165,7 +172,7 @@ def checked_bounds(bounds: Any) -> tuple[float, float]:
     low, high = bounds
     if low == high:
         raise InvalidValue(f"expected `bounds` with low < high, got ({low:g}, {high:g})")
-    return low, high
+    return float(low), float(high)
 
 
 def rounded_inside(
@@ -191,7 +198,8 @@ def _total(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     total = wide(values).sum()
     if not total.requires_grad:
         raise InvalidValue(
-            "expected a loss that depends on the images, got one without a gradient; does `model` detach?"
+            "expected a loss that depends on the images, got one without a gradient; does `model` detach, or "
+            "run in int8 or ONNX?"
         )
     return total
 

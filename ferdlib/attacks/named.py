@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed, logits_of
 from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified, wide
 from ferdlib.losses import _kernels, cross_entropy, cw_margin
 
@@ -40,13 +41,14 @@ def pgd(
     each sample's first misclassified iterate is returned instead, and the sample costs nothing after it:
     a returned image that is classified correctly means that the attack failed at all of x^(0)..x^(K).
 
-    The model runs in eval mode and is given back as it was. The attack works under `torch.no_grad`,
-    autocast and `torch.inference_mode`. A callable that is not an `nn.Module`, such as a lambda around
-    one, runs as it is: its modes are the caller's business.
+    The model runs in eval mode and is given back as it was. So do the modules behind a callable: those that
+    a function reads, the object of a bound method, the parts of a `functools.partial`. One that Python does
+    not show, in a dict or behind a server, runs as it is. The attack works under `torch.no_grad`, autocast and
+    `torch.inference_mode`.
 
     Args:
-        model: any callable from images to what `loss` takes first; logits `(N, K)` for the built-in
-            losses. Normalisation lives inside it.
+        model: any callable from images to what `loss` takes first; for the built-in losses logits `(N, K)`,
+            or an output that has them as `logits`. Normalisation lives inside it.
         x: float images `(N, C, H, W)` inside `bounds`.
         targets: whatever `loss` takes second: int64 labels `(N,)`, or reference logits `(N, K)`.
         loss: called as `loss(model(x_adv), targets)`; its sum over samples is ascended. Turn the sign of
@@ -58,8 +60,8 @@ def pgd(
             tensor x0 - x of x's shape. Every start is projected to the ball and the bounds.
         bounds: smallest and largest pixel value.
         train_mode: run the model in train mode, as ARD's released attack does. A model in train mode
-            keeps its modules' own flags, another one is switched for the attack. BatchNorm then uses
-            batch statistics, and its running statistics move.
+            keeps its modules' own flags, another one is switched for the attack; of several models behind a
+            callable none is. BatchNorm then uses batch statistics, and its running statistics move.
         rng: source of the start's noise, drawn on its own device; None takes torch's default
             generator. With a generator, the global random state is neither read nor advanced.
         on_step: called as `on_step(step, x_adv, logits)` with detached tensors before each update; with
@@ -210,10 +212,11 @@ def utae_pgd(
                 "expected `random_start` or `gamma` > 0 with a model's own `reference_logits`, got neither"
             )
         with torch.no_grad(), borrowed(model):
-            reference_logits = model(x)
+            reference_logits = ask(model, x)
     (reference,) = _checks.logits(reference_logits=reference_logits)
 
-    def away(logits: Tensor, reference: Tensor) -> Tensor:
+    def away(output: Any, reference: Tensor) -> Tensor:
+        logits = logits_of(output)
         _checks.logits(**{"reference_logits": reference, "model(x)": logits})
         # Each term casts by itself: in half precision, gradients are added up as by two losses.
         return _kernels.kl(reference, wide(logits)) - gamma * _kernels.uniformity(wide(logits))

@@ -16,8 +16,8 @@ from ferdlib.attacks.ascent import (
     OnStep,
     RandomStart,
     Stop,
+    leading,
     misclassified,
-    predicted,
 )
 from ferdlib.losses import cross_entropy
 
@@ -72,9 +72,9 @@ class StepCounter:
 
     def see(self, step: int, output: Any) -> None:
         """Count an iterate; for attacks that count under their own name in an error."""
-        classes = predicted(step, output)
+        logits = leading(step, output)
+        classes = logits.argmax(dim=1)
         if step == 0:
-            logits = output[0] if isinstance(output, tuple) else output
             _checks.labels(num_classes=logits.shape[1], labels=self.labels)
         # A method may show the last iterate too, which has no place in the count.
         if step >= self.steps:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ferdlib import _checks, losses
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed
 from ferdlib.attacks import pgd
 from ferdlib.losses import MTARDBalance
 from ferdlib.methods.protocol import Batch, Distilled, Reference, Terms, teacher_logits
@@ -44,8 +44,8 @@ class ARD(Distilled):
         _checks.real(0, 1, alpha=self.alpha)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        adv = student(batch.x_adv)
-        clean = student(batch.x) if self.alpha < 1 else None
+        adv = ask(student, batch.x_adv)
+        clean = ask(student, batch.x) if self.alpha < 1 else None
         loss = losses.ard(
             clean,
             adv,
@@ -88,7 +88,7 @@ class IAD(ARD):
         # Until then neither S(x) nor T(x~) is needed; S(x) in train mode would move BatchNorm, too.
         if self.epoch < self.begin:
             return super().terms(student, batch)
-        clean, adv = student(batch.x), student(batch.x_adv)
+        clean, adv = ask(student, batch.x), ask(student, batch.x_adv)
         guide = teacher_logits(self.teacher, batch.x_adv)
         loss = losses.iad(
             clean,
@@ -125,7 +125,7 @@ class RSLAD(Distilled):
         return pgd(student, batch.x, batch.reference, loss=losses.distillation, **settings)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        clean, adv = student(batch.x), student(batch.x_adv)
+        clean, adv = ask(student, batch.x), ask(student, batch.x_adv)
         weights = {"adv_weight": self.adv_weight, "kl_weight": self.kl_weight}
         return losses.rslad(clean, adv, batch.reference, **weights), adv
 
@@ -169,10 +169,10 @@ class MTARD(Distilled):
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         robust = teacher_logits(self.teacher, batch.x_adv)
         natural = batch.reference if self.clean_target == "natural" else robust
-        logits = student(batch.x_adv)
+        logits = ask(student, batch.x_adv)
         # Not `losses.mtard`: the balance needs both divergences apart.
         adv = losses.distillation(logits, robust) * self.kl_weight
-        clean = losses.distillation(student(batch.x), natural) * self.kl_weight
+        clean = losses.distillation(ask(student, batch.x), natural) * self.kl_weight
         adv_weight, clean_weight = self.balance.update(adv.detach().mean(), clean.detach().mean())
         return adv_weight * adv + clean_weight * clean, logits
 
@@ -205,22 +205,20 @@ class AdaAD(Distilled):
 
     def ascend(self, student: nn.Module, batch: Batch, **settings: Any) -> Tensor:
         def both(image: Tensor) -> tuple[Tensor, Tensor]:
-            return student(image), self.teacher(image)
+            return ask(student, image), ask(self.teacher, image)
 
         def apart(logits: tuple[Tensor, Tensor], _: Tensor) -> Tensor:
             return losses.distillation(*logits)
 
-        # The attack sees a function, which it neither puts into a mode nor freezes. As there, a student that
-        # is already in train mode keeps the flags of its modules.
-        mode: bool | None = settings.pop("train_mode")
-        if mode and isinstance(student, nn.Module) and student.training:
-            mode = None
-        with borrowed(student, training=mode), borrowed(self.teacher):
+        # In train mode, the attack leaves the modes of two models to its caller.
+        with borrowed(self.teacher), borrowed(student, training=self.train_mode):
             return pgd(both, batch.x, batch.y, loss=apart, **settings)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        clean, reference = (student(batch.x), batch.reference) if self.alpha < 1 else (None, None)
-        adv, teacher_adv = student(batch.x_adv), teacher_logits(self.teacher, batch.x_adv)
+        clean, reference = (
+            (ask(student, batch.x), batch.reference) if self.alpha < 1 else (None, None)
+        )
+        adv, teacher_adv = ask(student, batch.x_adv), teacher_logits(self.teacher, batch.x_adv)
         weights = {"alpha": self.alpha, "kl_weight": self.kl_weight}
         return losses.adaad(clean, adv, reference, teacher_adv, **weights), adv
 
@@ -250,7 +248,7 @@ class ABSLD(RSLAD):
 
     def bind(self) -> None:
         super().bind()
-        ones = torch.ones(self.num_classes, dtype=torch.float64)
+        ones = torch.ones(self.num_classes, dtype=torch.float64, device="cpu")
         self.adv_temperatures, self.clean_temperatures = ones, ones.clone()
         self.adv_losses, self.clean_losses = ClassMean(len(ones)), ClassMean(len(ones))
 
@@ -261,7 +259,7 @@ class ABSLD(RSLAD):
         return super().ascend(student, batch, **settings)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        clean, adv = student(batch.x), student(batch.x_adv)
+        clean, adv = ask(student, batch.x), ask(student, batch.x_adv)
         with torch.no_grad():
             self.adv_losses.update(losses.cross_entropy(adv, batch.y), batch.y)
             self.clean_losses.update(losses.cross_entropy(clean, batch.y), batch.y)
@@ -286,7 +284,7 @@ class ABSLD(RSLAD):
 
 def _moved(temperatures: Tensor, means: ClassMean, rate: float) -> Tensor:
     """Return the next epoch's temperatures, and forget the class means of this one."""
-    moved = losses.class_temperatures(temperatures, means.compute().double(), rate=rate)
+    moved = losses.class_temperatures(temperatures, _checks.double(means.compute()), rate=rate)
     means.reset()
     return moved
 

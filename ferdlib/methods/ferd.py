@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ferdlib import _checks, losses
+from ferdlib._modes import ask
 from ferdlib.attacks import utae_pgd
 from ferdlib.methods.protocol import Adversarial, Batch, Reference, Terms, Uniform, teacher_logits
 from ferdlib.models.freeze import FrozenModel, fast_copy
@@ -82,6 +83,6 @@ class FERDDistillation(Adversarial):
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         """Eq. 11 of each sample; images and examples are two forwards of the student."""
-        clean, adv = student(batch.x), student(batch.x_adv)
+        clean, adv = ask(student, batch.x), ask(student, batch.x_adv)
         weights = {"clean_weight": self.clean_weight, "adv_weight": self.adv_weight}
         return losses.ferd_distillation_loss(clean, adv, batch.reference, **weights), adv

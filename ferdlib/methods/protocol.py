@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, public
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed
 from ferdlib.attacks import pgd
 from ferdlib.distributed import Ranks
 from ferdlib.reweight import ClassMean
@@ -74,7 +74,7 @@ def teacher_logits(teacher: nn.Module, x: Tensor) -> Tensor:
         False
     """
     with torch.no_grad(), borrowed(teacher):
-        logits: Tensor = teacher(x)
+        logits: Tensor = ask(teacher, x)
     return logits
 
 
@@ -291,7 +291,7 @@ class Adversarial(Stateful):
         """Let the rule measure held-out images, before `end_epoch`; the student is left as it was."""
         _checks.callable_(student=student)
         _checks.instance(Iterable, batches=batches)
-        self.rule.validate(self, student, batches)
+        self.rule.validate(self, student, (_checks.batch(batches=each) for each in batches))
         # Only now: an error on the way leaves the epoch open.
         self.rule.validated = True
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks, metrics, reweight
 from ferdlib._checks import InvalidState, public
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed
 from ferdlib.attacks import StepCounter, pgd
 from ferdlib.distributed import Ranks
 from ferdlib.losses import class_variance, cross_entropy
@@ -201,7 +201,7 @@ class CFA(Rule):
 
     def bind(self, num_classes: int) -> None:
         super().bind(num_classes)
-        self.accuracy = torch.full((num_classes,), torch.nan, dtype=torch.float64)
+        self.accuracy = torch.full((num_classes,), torch.nan, dtype=torch.float64, device="cpu")
         self.correct = ClassMean(num_classes)
 
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
@@ -221,7 +221,7 @@ class CFA(Rule):
 
     def end_epoch(self) -> None:
         super().end_epoch()
-        self.accuracy = self.correct.compute().double().cpu()
+        self.accuracy = self.correct.compute().cpu().double()
         self.correct.reset()
 
 
@@ -252,8 +252,8 @@ class DAFA(Rule):
 
     def bind(self, num_classes: int) -> None:
         super().bind(num_classes)
-        self.weights = torch.ones(num_classes, dtype=torch.float64)
-        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
+        self.weights = torch.ones(num_classes, dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device="cpu")
 
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
         factors = self.weights.to(targets.device)[targets]
@@ -261,7 +261,7 @@ class DAFA(Rule):
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         if self.epoch == self.begin - 1:
-            p = logits.detach().double().softmax(dim=1)
+            p = _checks.double(logits.detach()).softmax(dim=1)
             self.sums = self.sums.to(p.device).index_add(0, targets, p)
         return self.weights.to(losses)[targets] * losses
 
@@ -328,12 +328,13 @@ class FRL(Rule):
 
     def validate(self, method: Adversarial, student: nn.Module, batches: Batches) -> None:
         settings = _checks.named(method, "eps", "step_size", "rng")
-        counts = torch.zeros(2, self.num_classes, self.num_classes, dtype=torch.int64)
+        k = self.num_classes
+        counts = torch.zeros(2, k, k, dtype=torch.int64, device="cpu")
         with torch.no_grad(), borrowed(student):
             for x, y in batches:
                 x_adv = pgd(student, x, y, steps=20, **settings)
                 for k, images in enumerate((x, x_adv)):
-                    predicted = student(images).argmax(dim=1)
+                    predicted = ask(student, images).argmax(dim=1)
                     counts[k] += metrics.confusion_matrix(predicted, y, self.num_classes).cpu()
         self.multipliers.update(*(metrics.class_accuracy(matrix) for matrix in counts))
 
@@ -375,4 +376,4 @@ class WAT(Rule):
                     means.update(plain.loss(student, x, x_adv, y, reference), y)
         # Over samples: the mean of the class means would weigh a rare class like a common one.
         average = float(means.sums.sum() / means.counts.sum())
-        self.hedge.update(means.compute().double().cpu(), average)
+        self.hedge.update(means.compute().cpu().double(), average)

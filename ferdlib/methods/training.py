@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ferdlib import _checks, losses
+from ferdlib._modes import ask
 from ferdlib.attacks import pgd
 from ferdlib.methods.protocol import Adversarial, Batch, Terms, teacher_logits
 
@@ -26,7 +27,7 @@ class SAT(Adversarial):
     """
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        adv = student(batch.x_adv)
+        adv = ask(student, batch.x_adv)
         return losses.cross_entropy(adv, batch.y), adv
 
 
@@ -53,7 +54,7 @@ class TRADES(Adversarial):
         return pgd(student, batch.x, own, loss=losses.distillation, **settings)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        clean, adv = student(batch.x), student(batch.x_adv)
+        clean, adv = ask(student, batch.x), ask(student, batch.x_adv)
         return losses.trades(clean, adv, batch.y, beta=self.beta), adv
 
 
@@ -95,6 +96,6 @@ class BAT(TRADES):
         return torch.cat([inside, torch.where(alive.view(-1, 1, 1, 1), last, outside)])
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
-        clean, correct, wrong = map(student, (batch.x, *batch.x_adv.chunk(2)))
+        clean, correct, wrong = (ask(student, x) for x in (batch.x, *batch.x_adv.chunk(2)))
         weights = {"beta": self.beta, "uniform_weight": self.uniform_weight}
         return losses.bat(clean, correct, wrong, batch.y, **weights), wrong
