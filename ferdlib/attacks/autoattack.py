@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidValue, public
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed, modules_behind
 from ferdlib.attacks.ascent import Model, rounded_inside
 
 OnBatch = Callable[[str, Tensor], None]
@@ -98,7 +98,8 @@ def autoattack(
     _checks.integer(1, batch_size=batch_size)
     _checks.integer(0, seed=seed)
     _checks.callable_or_none(on_batch=on_batch)
-    logits = _logits(model, x.dtype)
+    num_classes, batch_size, seed, eps = map(_checks.plain, (num_classes, batch_size, seed, eps))
+    logits = _Logits(model, x.dtype)
 
     def classes(batch: Tensor) -> Tensor:
         z = logits(batch)
@@ -111,7 +112,7 @@ def autoattack(
         return z.argmax(dim=1)
 
     with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
-        images, labels = x.detach().float().clone(), targets.clone()
+        images, labels = _plain(x), targets.clone()
         clean = [classes(batch) for batch in images.split(batch_size) if len(batch)]
         predictions = torch.cat(clean) if clean else labels.clone()
         robust = predictions == labels
@@ -142,7 +143,7 @@ def square(
     from pyautoattack.square import SquareAttack
 
     with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
-        images, logits = x.detach().float().clone(), _logits(model, x.dtype)
+        images, logits = _plain(x), _Logits(model, x.dtype)
         attack: Any = SquareAttack(
             logits,
             n_queries=queries,
@@ -157,23 +158,33 @@ def square(
         return logits(found).argmax(dim=1) == targets
 
 
-def _logits(model: Model, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The model as pyautoattack takes it: float32 in and out, and no gradient but that of the images."""
+def _plain(x: Tensor) -> Tensor:
+    """The images as pyautoattack, which takes views of them, must have them: float32 and contiguous."""
+    return x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
-    def forward(batch: Tensor) -> Tensor:
-        (z,) = _checks.logits(**{"model(x)": model(batch.to(dtype))})
-        return z.float()
 
-    def logits(batch: Tensor) -> Tensor:
+class _Logits:
+    """The model as pyautoattack takes it: float32 in and out, and no gradient but that of the images.
+
+    Attributes:
+        again: whether a forward is kept for several backwards, as untargeted FAB wants: one per class.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self.model, self.dtype, self.again = model, dtype, False
+
+    def __call__(self, batch: Tensor) -> Tensor:
         if torch.is_grad_enabled() and batch.requires_grad:
-            return _InputGradient.apply(batch, forward)  # type: ignore[no-any-return]
-        return forward(batch)
+            return _InputGradient.apply(batch, self)  # type: ignore[no-any-return]
+        return self.forward(batch)
 
-    return logits
+    def forward(self, batch: Tensor) -> Tensor:
+        (z,) = _checks.logits(**{"model(x)": ask(self.model, batch.to(self.dtype))})
+        return z.float()
 
 
 def _attacks(
-    logits: Callable[[Tensor], Tensor],
+    logits: _Logits,
     images: Tensor,
     num_classes: int,
     eps: float,
@@ -206,25 +217,45 @@ def _attacks(
             attack = attacks.get(name, suite.apgd)
         if attack is suite.apgd:
             attack.loss = name.removeprefix("apgd-")
+        logits.again = name == "fab" and not _compiled(logits.model)
         attack.seed = seed
         yield name, attack.perturb
+
+
+def _compiled(model: Model) -> bool:
+    """True of what torch.compile made: its backward frees what the forward kept, and runs once."""
+    modules = [m for root in modules_behind(model) for m in root.modules()]
+    marks = ("_torchdynamo_orig_callable", "_orig_mod", "_compiled_call_impl")
+    return any(
+        getattr(each, mark, None) is not None for each in (model, *modules) for mark in marks
+    )
 
 
 class _InputGradient(torch.autograd.Function):
     """A model whose weights `.backward()` cannot reach: FAB calls it, and a callable is not frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.enable_grad():
-            ctx.x = x.detach().requires_grad_()
-            ctx.logits = model(ctx.x)
+    def forward(ctx: Any, x: Tensor, logits: _Logits) -> Tensor:
+        ctx.model, ctx.x, ctx.logits = logits, x, None
+        _InputGradient.run(ctx)
         return ctx.logits.detach()  # type: ignore[no-any-return]
 
     @staticmethod
+    def run(ctx: Any) -> None:
+        """Build the graph."""
+        with torch.enable_grad():
+            ctx.x = ctx.x.detach().requires_grad_()
+            ctx.logits = ctx.model.forward(ctx.x)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # FAB differentiates one forward once per class.
-        (of_x,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, retain_graph=True)
-        return of_x, None
+        if ctx.logits is None:
+            _InputGradient.run(ctx)
+        keep = ctx.model.again
+        (of_x,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, retain_graph=keep)
+        ctx.logits = ctx.logits if keep else None
+        # pyautoattack takes views of it.
+        return of_x.contiguous(), None
 
 
 @contextmanager
