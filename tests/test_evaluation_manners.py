@@ -3,19 +3,23 @@
 import logging
 import re
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_model
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from ferdlib.evaluation import AttackSpec, Protocol, evaluate, trust_checks
+from ferdlib.losses import cross_entropy
 
 K = 3
 X = torch.rand(12, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = make_tiny_model(K)(X).argmax(dim=1)  # all of them
+DATA = TensorDataset(X, Y)
+CUT_SHORT = DistributedSampler(DATA, 5, 0, shuffle=False, drop_last=True)
 OWN = Protocol(name="own", attacks=(AttackSpec(name="own", kind="custom", eps=0.1),))
 
 
@@ -53,6 +57,9 @@ def outputs(function):
         ({"data": (2 * X - 1, Y), "protocol": "robustbench"}, ValueError, "data"),
         ({"data": TensorDataset(X, Y, Y)}, TypeError, "data"),
         ({"data": DataLoader(TensorDataset(X, Y), sampler=[0, 1, 1])}, ValueError, "data"),
+        ({"data": DataLoader(DATA, 5, drop_last=True)}, ValueError, "data"),
+        ({"data": DataLoader(DATA, sampler=CUT_SHORT)}, ValueError, "data"),
+        ({"data": [{"pixel_values": X, "class": Y}]}, TypeError, "data"),
         ({"protocol": AttackSpec(name="a", kind="custom", eps=0.1)}, TypeError, "protocol"),
         ({"num_classes": 4}, ValueError, r"model\(x\)"),
         ({"class_names": ["a", "b"]}, ValueError, "class_names"),
@@ -119,6 +126,59 @@ def test_a_custom_attack_is_judged_by_what_it_returns():
         expected = model.eval()((X + 0.1 * torch.linspace(-1, 1, 6)).clamp(0, 1)).argmax(dim=1)
     assert torch.equal(report.predictions["own"], expected)
     assert not torch.equal(report.predictions["own"], report.predictions["clean"])
+
+
+def test_what_a_custom_attack_does_to_the_model_changes_nothing_else():
+    def released(model, x, y):
+        model.train().requires_grad_()
+        cross_entropy(model(x), y).sum().backward()
+        return x
+
+    model = make_tiny_model(K).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        report = run(model=model, protocol=OWN, custom={"own": released}, batch_size=5)
+    assert torch.equal(report.predictions["own"], Y)
+    assert torch.equal(report.predictions["clean"], Y)
+    assert all(m.training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_may_write_to_its_input_and_name_its_logits():
+    class Output(NamedTuple):
+        logits: torch.Tensor
+        loss: None = None
+
+    net, images, custom = make_tiny_model(K), X.clone(), {"own": lambda model, x, y: x}
+    report = run(model=lambda x: net(2 * x - 1), trust=True)
+    for model in (lambda x: net(x.mul_(2).sub_(1)), lambda x: Output(net(2 * x - 1))):
+        assert run(model=model, data=(images, Y), trust=True) == report
+        assert torch.equal(images, X)
+        run(model=model, data=(images, Y), protocol=OWN, custom=custom)
+        assert torch.equal(images, X)
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_torchs_defaults_change_nothing(default):
+    net = make_tiny_model(K)
+    settings = {
+        "model": net,
+        "class_names": np.array(["a", "b", "c"]),
+        "num_classes": Y.numpy().max() + 1,
+    }
+    report = run(**settings)
+    old = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta") if default == "device" else None
+        torch.set_default_dtype(torch.float64 if default == "dtype" else old)
+        again = run(**settings, data=DATA)
+        shown = str(again), again.to_csv(), again["clean"].confusion.tolist()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(old)
+    assert again == report
+    assert shown[1:] == (report.to_csv(), report["clean"].confusion.tolist())
 
 
 @pytest.mark.parametrize(

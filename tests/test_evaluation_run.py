@@ -16,9 +16,10 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
-from ferdlib.evaluation import AttackSpec, Protocol, evaluate, merge
+from ferdlib.evaluation import AttackSpec, Protocol, compare, evaluate, merge
 from ferdlib.evaluation.samples import GAMMA, Samples, splitmix
 
 
@@ -304,6 +305,11 @@ class Iterated(IterableDataset):
         return iter(self.data)
 
 
+def by_name(rows):
+    x, y = default_collate(rows)
+    return {"pixel_values": x, "labels": y, "idx": y}
+
+
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def whole(request):
     """Images, labels, a model and its report in one batch."""
@@ -325,7 +331,9 @@ def whole(request):
         lambda data: DataLoader(data, batch_size=7),
         lambda data: DataLoader(data, batch_size=11, num_workers=2),
         lambda data: Subset(Subset(data, range(len(data))), torch.randperm(len(data)).tolist()),
+        lambda data: Subset(data, range(-len(data), 0)),
         lambda data: DataLoader(Iterated(data), batch_size=6),
+        lambda data: DataLoader(data, batch_size=7, collate_fn=by_name),
         lambda data: [(x[None], torch.tensor([y])) for x, y in data],
         lambda data: ((x, y) for x, y in DataLoader(data, batch_size=13)),
         lambda data: list(data.tensors),
@@ -335,7 +343,9 @@ def whole(request):
         "seven",
         "workers",
         "subset",
+        "negative subset",
         "iterable",
+        "mappings",
         "batches",
         "generator",
         "tensors",
@@ -383,16 +393,19 @@ def test_shards_make_the_whole(whole):
     cuts = [range(0, 40, 2), range(1, 40, 2)]
     parts = [evaluate(model, Subset(data, cut), CUT, num_classes=4) for cut in cuts]
     assert merge(parts) == merge(parts[::-1]) == report
-    # Three processes share 42 samples, of which two are there twice.
+    # A sampler gives three processes 14 samples each, of which two are copies that no report counts.
     loaders = [
         DataLoader(data, batch_size=5, sampler=DistributedSampler(data, 3, rank, shuffle=True))
         for rank in range(3)
     ]
     padded = [evaluate(model, loader, CUT, num_classes=4) for loader in loaders]
-    assert sum(map(len, padded)) == 42
-    joined = merge(padded)
-    assert joined.manifest["data"]["fingerprint"] is None  # that of the two is in it twice
+    assert list(map(len, padded)) == [14, 13, 13]
+    assert merge(padded) == report
+    parts.append(evaluate(model, Subset(data, [-1, 0]), CUT, num_classes=4))
+    joined = merge([merge(parts[::2]), parts[1]])  # its two samples are there twice, 0 and 39
+    assert joined.manifest["data"]["fingerprint"] is None
     assert replace(joined, manifest=report.manifest) == report
+    assert compare({"a": joined, "b": report}).test("a", "b").average == (0, 1)
 
 
 def test_pinned_batches_may_be_lists():

@@ -104,7 +104,7 @@ def test_protocols_can_be_read():
         "fair-ard, eps 4/255 (seed 2)",
         "  FGSM: eps 4/255, cross-entropy, 1 step of 4/255, start of 0.001 N(0, 1)",
         "  PGD-20: eps 4/255, cross-entropy, 20 steps of 1/255, uniform start",
-        "  CW-inf: eps 4/255, CW margin, κ 50, 20 steps of 1/255, uniform start",
+        "  CW-inf: eps 4/255, CW margin, confidence 50, 20 steps of 1/255, uniform start",
         "  AutoAttack: eps 4/255, AutoAttack standard, batches of 250",
     ]
     assert "eps 0.031, cross-entropy, 20 steps of 0.003" in str(PROTOCOLS["trades"])

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ferdlib._checks import InvalidState, InvalidValue, got
+from ferdlib._checks import InvalidState, InvalidValue, got, has_float64
+from ferdlib._modes import ask, lent
 from ferdlib.attacks import autoattack, pgd
-from ferdlib.attacks.ascent import NORMAL_START_SCALE, Model
+from ferdlib.attacks.ascent import NORMAL_START_SCALE, Model, predicted
 from ferdlib.evaluation.protocols import AttackSpec
 from ferdlib.evaluation.samples import Block, uniform_noise
 from ferdlib.losses import cross_entropy, cw_margin
@@ -58,7 +59,7 @@ class Setting:
     def logits(self, x: Tensor, *, differentiable: bool = False) -> Tensor:
         """Logits of the images, checked."""
         with torch.set_grad_enabled(differentiable):
-            logits = self.shaped(self.model(x), len(x))
+            logits = self.shaped(ask(self.model, x), len(x))
         # argmax finds a class for NaN too: without this a broken model would pass for a robust one.
         if bool(logits.isnan().any()):
             raise InvalidState("expected numbers as logits `model(x)`, got NaN")
@@ -94,8 +95,8 @@ class Setting:
 
 def clean(setting: Setting, block: Block) -> Outcome:
     """Judge the images as they are."""
-    predicted = setting.over(block, lambda batch: setting.logits(batch.x).argmax(dim=1))
-    return _single(torch.cat(predicted), block, "clean")
+    classes = setting.over(block, lambda batch: setting.logits(batch.x).argmax(dim=1))
+    return _single(torch.cat(classes), block, "clean")
 
 
 def attacked(
@@ -161,9 +162,9 @@ def _walk(setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tenso
     path = y.repeat(steps + 1, 1)
     alive = torch.arange(len(y), device=y.device)
 
-    def watch(step: int, _: Tensor, logits: Tensor) -> None:
+    def watch(step: int, _: Tensor, output: Any) -> None:
         nonlocal alive
-        path[step, alive] = logits.argmax(dim=1)
+        path[step, alive] = predicted(step, output)
         # `pgd` leaves out the same samples after this step.
         if stop:
             alive = alive[path[step, alive] == y[alive]]
@@ -191,12 +192,14 @@ def _start(spec: AttackSpec, seed: int, restart: int, index: Tensor, x: Tensor) 
     """x^(0) - x, whose noise is each sample's own."""
     if spec.start is None:
         return None
-    noise = uniform_noise(seed, restart, index.to(x.device), x.shape[1:])
+    # Drawn in float64, elsewhere where the images' device has none: the same noise on all.
+    where = x.device if has_float64(x.device) else torch.device("cpu")
+    noise = uniform_noise(seed, restart, index.to(where), x.shape[1:])
     if spec.start == "normal":
         noise = NORMAL_START_SCALE * torch.special.ndtri(noise)
     else:
         noise = spec.eps * (2 * noise - 1)
-    return noise.float()
+    return noise.float().to(x.device)
 
 
 def _autoattack(
@@ -219,14 +222,16 @@ def _autoattack(
 
 
 def _custom(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
-    predicted = setting.logits(custom_images(setting, spec, block)).argmax(dim=1)
-    return _single(predicted, block, spec.name)
+    classes = setting.logits(custom_images(setting, spec, block)).argmax(dim=1)
+    return _single(classes, block, spec.name)
 
 
 def custom_images(setting: Setting, spec: AttackSpec, block: Block) -> Tensor:
     """Run a function of the user, whose result is believed only inside ball and bounds."""
+    attack = setting.custom[spec.name]
     # Copies: what an attack does in place shall not reach the images that it is judged by.
-    x_adv = setting.custom[spec.name](setting.model, block.x.clone(), block.targets.clone())
+    with lent(setting.model, attack):
+        x_adv = attack(setting.model, block.x.clone(), block.targets.clone())
     wanted = f"expected the attack {spec.name!r} to"
     if not isinstance(x_adv, Tensor) or x_adv.shape != block.x.shape:
         shape = tuple(block.x.shape)
@@ -243,6 +248,6 @@ def custom_images(setting: Setting, spec: AttackSpec, block: Block) -> Tensor:
     return x_adv
 
 
-def _single(predicted: Tensor, block: Block, stage: str) -> Outcome:
+def _single(classes: Tensor, block: Block, stage: str) -> Outcome:
     """Outcome of a single stage."""
-    return Outcome(predicted.cpu(), (predicted == block.targets).long().cpu(), (stage,))
+    return Outcome(classes.cpu(), (classes == block.targets).long().cpu(), (stage,))

@@ -13,7 +13,7 @@ class Progress:
 
     def __init__(self, samples: int | None, names: tuple[str, ...], shown: bool | str) -> None:
         self.names, self.figures, self.bar = names, "", None
-        self.counts = torch.zeros(2, len(names), dtype=torch.int64)
+        self.counts = torch.zeros(2, len(names), dtype=torch.int64, device="cpu")
         if shown:
             try:
                 from tqdm import tqdm

@@ -65,6 +65,7 @@ class AttackSpec:
 
     @public
     def __post_init__(self) -> None:
+        _checks.settle(self)
         _check_name(self.name)
         if self.name in ("clean", "worst case"):
             wanted = "another `name` than those that every report has"
@@ -100,7 +101,11 @@ class AttackSpec:
         elif self.kind == "custom":
             details = ["a function of the user"]
         else:
-            loss = "cross-entropy" if self.kind == "pgd" else f"CW margin, κ {self.confidence:g}"
+            loss = (
+                "cross-entropy"
+                if self.kind == "pgd"
+                else f"CW margin, confidence {self.confidence:g}"
+            )
             plural = "s" if self.steps != 1 else ""
             details = [loss, f"{self.steps} step{plural} of {_pixels(self.step_size or 0.0)}"]
             details += [STARTS[self.start]]
@@ -132,6 +137,7 @@ class Protocol:
 
     @public
     def __post_init__(self) -> None:
+        _checks.settle(self)
         _check_name(self.name)
         attacks = self.attacks
         if not isinstance(attacks, tuple) or not all(isinstance(a, AttackSpec) for a in attacks):

@@ -318,7 +318,7 @@ class RobustnessReport:
             raise InvalidValue(f"expected `content` of a complete report, got none of {missing}")
 
         def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64)
+            return torch.tensor(values, dtype=torch.int64, device="cpu")
 
         return RobustnessReport(
             protocol=Protocol.from_dict(content["protocol"]),

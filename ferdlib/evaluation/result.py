@@ -134,9 +134,9 @@ class AttackResult:
         k, wrong = self.num_classes, ~self.robust
         pairs = self.targets[wrong] * k + self.predictions[wrong]
         pairs, counts = pairs.unique(return_counts=True)
-        errors = torch.zeros(k, dtype=torch.int64).index_add(0, pairs // k, counts)
+        errors = torch.zeros(k, dtype=torch.int64, device="cpu").index_add(0, pairs // k, counts)
         q = counts.double() / errors[pairs // k]
-        entropy = torch.zeros(k, dtype=torch.float64).index_add(
+        entropy = torch.zeros(k, dtype=torch.float64, device="cpu").index_add(
             0, pairs // k, torch.xlogy(q, 1 / q)
         )
         # Two classes leave an error no choice.

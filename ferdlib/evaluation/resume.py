@@ -68,7 +68,7 @@ class Records:
             return
         for name, value in values.items():
             before = found.get(name)
-            if before is None or _alike(name, torch.tensor(before, dtype=value.dtype), value):
+            if before is None or _alike(name, torch.tensor(before, dtype=value.dtype, device="cpu"), value):
                 continue
             wanted = {"logits": "model and data", "gradients": "model"}.get(name, name)
             came = name if name in ("logits", "gradients") else "results"
@@ -82,7 +82,8 @@ class Records:
         if found["data"] != f"{digest:032x}":
             raise self._other("data", f"other samples in block {number}")
         predictions, fooled_at = (
-            torch.tensor(found[name], dtype=torch.int64) for name in ("predictions", "fooled_at")
+            torch.tensor(found[name], dtype=torch.int64, device="cpu")
+            for name in ("predictions", "fooled_at")
         )
         return Outcome(predictions, fooled_at, tuple(found["stages"])), found["seconds"]
 

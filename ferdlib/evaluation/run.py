@@ -112,6 +112,7 @@ def evaluate(
     protocol = resolve_protocol(protocol)
     _checks.integer(2, num_classes=num_classes)
     _checks.integer(1, batch_size=batch_size)
+    num_classes, batch_size = _checks.plain(num_classes), _checks.plain(batch_size)
     names = _names("class_names", class_names, num_classes)
     low, high = checked_bounds(bounds)
     custom = {} if custom is None else custom
@@ -235,7 +236,9 @@ class _Run:
             self.seconds[name] += found[1]
             before = torch.where(before == block.targets, found[0].predictions, before)
         # Drop the pixels; a slice would keep the whole batch alive.
-        self.blocks.append(Block(block.index, torch.empty(len(block), 0), block.targets))
+        self.blocks.append(
+            Block(block.index, torch.empty(len(block), 0, device="cpu"), block.targets)
+        )
         return before == block.targets
 
     def report(
@@ -315,7 +318,7 @@ def _names(argument: str, names: Sequence[str] | None, count: int) -> tuple[str,
     _checks.strings(count if argument == "class_names" else None, **{argument: names})
     if len(names) < count:
         raise InvalidValue(f"expected {count} `{argument}`, got {len(names)}")
-    return tuple(names)
+    return tuple(map(str, names))
 
 
 def _checked_groups(groups: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -20,10 +21,12 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidType, InvalidValue, got
+from ferdlib._modes import modules_behind
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # Their order is the same each time that they are asked.
@@ -82,27 +85,34 @@ class Samples:
     A loader that shuffles is refused: it would number the samples differently each time.
 
     Attributes:
-        index: int64 of all samples, None if only the running number is known.
+        order: index of each row that `data` yields, -1 for a copy that pads a shard; None if it is not known.
         batch_size: the loader's, or the given one.
     """
 
     def __init__(self, data: Any, batch_size: int, num_classes: int) -> None:
         self.num_classes, self.batch_size = num_classes, batch_size
-        self.index: Tensor | None = None
         if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
             # One batch, of which `blocks` cuts what it needs.
             self.batches: Iterable[Any] = [data]
-            self.index = torch.arange(len(data[0]))
+            self.order: Tensor | None = torch.arange(len(data[0]), device="cpu")
             return
         if isinstance(data, Dataset):
-            # With a generator of its own, because a loader draws a seed from the global one.
-            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
+            self.batches, self.order = _batches(data, batch_size), None
+            if not isinstance(data, IterableDataset):
+                self.order = _index(data, range(len(data)))  # type: ignore[arg-type]
+            return
         if not isinstance(data, Iterable):
             wanted = "a DataLoader, a Dataset or a pair of tensors"
             raise InvalidType(f"expected `data` to be {wanted}, got {got(data)}")
         self.batches, self.batch_size = data, getattr(data, "batch_size", None) or batch_size
+        self.order = None
         if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            self.index = _known_order(data)
+            self.order = _known_order(data)
+
+    @property
+    def index(self) -> Tensor | None:
+        """Index of all samples, None if only the running number is known."""
+        return None if self.order is None else self.order[self.order >= 0]
 
     def blocks(self, size: int) -> Iterator[Block]:
         """Yield blocks of `size` samples, the last one smaller."""
@@ -120,23 +130,22 @@ class Samples:
     def _checked(self) -> Iterator[Block]:
         done = 0
         for batch in self.batches:
-            if not isinstance(batch, Sequence) or len(batch) != 2:
-                wanted = "pairs of images and labels"
-                raise InvalidType(f"expected batches of `data` to be {wanted}, got {got(batch)}")
-            x, targets = batch
+            x, targets = _checks.batch(data=batch)
             _checks.images(data=x)
-            _checks.tensor(**{"labels of data": targets})
             # On the host, where their range can be read.
             labels = targets.cpu()
             _checks.labels(num_classes=self.num_classes, **{"labels of data": labels})
             if len(labels) != len(x):
                 raise InvalidValue(f"expected {len(x)} `labels of data`, got {len(labels)}")
-            index = torch.arange(done, done + len(x))
+            index = torch.arange(done, done + len(x), device="cpu")
             # A tensor of `torch.inference_mode` cannot take part in autograd; its copy can.
             x, labels = (v.clone() if v.is_inference() else v for v in (x, labels))
             done += len(x)
-            if len(x):
-                yield Block(index if self.index is None else self.index[index], x, labels)
+            block = Block(index if self.order is None else self.order[index], x, labels)
+            if bool((block.index < 0).any()):
+                block = block[(block.index >= 0).nonzero().squeeze(1)]
+            if len(block):
+                yield block
 
 
 def _known_order(loader: DataLoader[Any]) -> Tensor | None:
@@ -151,23 +160,50 @@ def _known_order(loader: DataLoader[Any]) -> Tensor | None:
         raise InvalidValue(f"expected `data` in a fixed order, got {came}; {remedy}")
     if not isinstance(sampler, REPEATABLE):
         return None
-    index = torch.tensor([_original(loader.dataset, i) for i in sampler], dtype=torch.int64)
+    cut = loader.batch_sampler.drop_last and len(sampler) % loader.batch_sampler.batch_size
+    index, missing = _index(loader.dataset, sampler), cut
+    if type(sampler) is DistributedSampler:
+        count, ranks = len(sampler.dataset), sampler.num_replicas  # type: ignore[arg-type]
+        missing = missing or (sampler.drop_last and count % ranks)
+        # Places in the common order; what lies behind its end are copies, for shards of one length.
+        padding = sampler.rank + ranks * torch.arange(len(index), device="cpu") >= count
+        # A shard of copies alone is evaluated, since a report cannot be empty; `merge` counts them once.
+        index = index if bool(padding.all()) else index.masked_fill(padding, -1)
+    if missing:
+        came = f"a {type(loader).__name__} that leaves out {missing} with drop_last=True"
+        raise InvalidValue(f"expected `data` to yield all samples, got {came}; give False")
+    return index
+
+
+def _index(dataset: Dataset[Any], rows: Iterable[int]) -> Tensor:
+    """Index in the original data set of these rows of a data set."""
+    index = torch.tensor([_original(dataset, row) for row in rows], dtype=torch.int64, device="cpu")
     if len(index.unique()) < len(index):
         raise InvalidValue("expected `data` to hold each sample once, got an index twice")
     return index
 
 
-def _original(dataset: Dataset[Any], index: int) -> int:
+def _original(dataset: Dataset[Any], row: int) -> int:
     """Index in the data set that the subsets were taken of."""
+    if row < 0:
+        row += len(dataset)  # type: ignore[arg-type]
     if isinstance(dataset, Subset):
-        return _original(dataset.dataset, int(dataset.indices[index]))
-    return index
+        return _original(dataset.dataset, int(dataset.indices[row]))
+    return row
+
+
+def _batches(data: Dataset[Any], size: int) -> Iterator[Any]:
+    """Batches of a data set; a DataLoader would draw a seed from torch's generator of the default device."""
+    streamed = isinstance(data, IterableDataset)
+    samples = iter(data) if streamed else map(data.__getitem__, range(len(data)))  # type: ignore
+    while batch := list(islice(samples, size)):
+        yield default_collate(batch)
 
 
 def device_of(model: object) -> torch.device:
-    """Device of a module's first parameter; the CPU for another callable."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
+    """Device of the first parameter behind a model; the CPU if none is to be seen."""
+    parameters = (p for module in modules_behind(model) for p in module.parameters())
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def uniform_noise(seed: int, restart: int, index: Tensor, shape: torch.Size) -> Tensor:

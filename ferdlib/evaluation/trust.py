@@ -9,11 +9,11 @@ from itertools import pairwise, product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed, modules_behind
 from ferdlib.attacks import pgd
 from ferdlib.attacks.ascent import Model, checked_bounds
 from ferdlib.attacks.autoattack import square
@@ -50,7 +50,7 @@ class FewOfEach:
                 chosen.append(i)
         # Indexed, so that the pixels of the others are let go.
         if chosen:
-            self.blocks.append(block[torch.tensor(chosen)])
+            self.blocks.append(block[torch.tensor(chosen, device="cpu")])
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Images and labels."""
@@ -119,7 +119,7 @@ def trust_checks(
         x, y = few.data()
         if not bool(x.isfinite().all()):
             raise InvalidValue("expected finite images `data`, got NaN or infinity")
-        block = Block(torch.arange(len(x)), x, y).to(where)
+        block = Block(torch.arange(len(x), device="cpu"), x, y).to(where)
         setting = Setting(model, num_classes, (low, high), protocol.seed, batch_size)
         findings += _of_model(setting, block, _pgd_of(protocol, high - low), report)
     if report is not None:
@@ -136,9 +136,14 @@ def _finding(check: str, fine: bool | None, evidence: str) -> Finding:
 
 
 def _eval_mode(model: object) -> Finding:
-    fine, evidence = None, "it is a plain callable"
-    if isinstance(model, nn.Module):
-        training = [name or "the model" for name, m in model.named_modules() if m.training]
+    fine, evidence, roots = (
+        None,
+        "no module is to be seen behind the callable",
+        modules_behind(model),
+    )
+    if roots:
+        named = (each for root in roots for each in root.named_modules())
+        training = [name or "the model" for name, m in named if getattr(m, "training", False)]
         fine, evidence = not training, "no module was in train mode"
         if training:
             evidence = f"{len(training)} modules were in train mode, {training[0]!r} first; run in eval mode"
@@ -200,7 +205,7 @@ def _gradients(setting: Setting, block: Block) -> Finding | None:
     def zero(batch: Block) -> Tensor | None:
         leaf = batch.x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits = setting.shaped(setting.model(leaf), len(batch))
+            logits = setting.shaped(ask(setting.model, leaf), len(batch))
             loss = cross_entropy(logits, batch.targets).sum()
             # A model that detaches its logits has no gradient to look at.
             if not loss.requires_grad:
@@ -273,7 +278,7 @@ def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
 def _black_box(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     """Square with few queries on what PGD and CW left; it climbs the margin, as CW does."""
     # Both attacks look at every sample, and only what withstood both is worth the queries.
-    left = torch.ones(len(block), dtype=torch.bool)
+    left = torch.ones(len(block), dtype=torch.bool, device="cpu")
     for spec in (attack, replace(attack, kind="cw")):
         left &= attacked(setting, spec, block).predictions == block.targets.cpu()
     rest, found = block[left.nonzero().squeeze(1)], 0
