@@ -36,5 +36,5 @@ def is_finite(loss: Tensor, gradients: Iterable[Tensor | None]) -> Tensor:
 
 def first_bad(healthy: Sequence[Tensor]) -> int | None:
     """Number, from 1, of the first step that was not finite; the one place that waits."""
-    bad = (~torch.stack(list(healthy))).nonzero() if healthy else torch.empty(0)
+    bad = (~torch.stack(list(healthy))).nonzero() if healthy else torch.empty(0, device="cpu")
     return int(bad[0]) + 1 if len(bad) else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks, bottleneck, losses
 from ferdlib._checks import public
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed, logits_of
 from ferdlib.bottleneck import Part
 from ferdlib.distributed import Ranks, sum_over_ranks
 from ferdlib.synthesis.health import NonFiniteError
@@ -193,8 +193,8 @@ class Inversion:
 
     def _invert(self, student: nn.Module, class_probabilities: Tensor) -> Batch:
         """Algorithm 1, lines 6 to 10: draw codes and labels, train the generator, select."""
-        device = next(self.generator.parameters()).device
-        latents = self._latents(device)
+        weight = next(self.generator.parameters())
+        device, latents = weight.device, self._latents(weight)
         labels = sample_labels(
             class_probabilities, self.batch_size, method=self.label_sampling, rng=self.rng
         )
@@ -224,11 +224,12 @@ class Inversion:
             )
         return made.images, labels
 
-    def _latents(self, device: torch.device) -> Tensor:
+    def _latents(self, like: Tensor) -> Tensor:
         """Draw the global batch's codes, and take this process's."""
-        home = device if self.rng is None else self.rng.device
+        home = like.device if self.rng is None else self.rng.device
         shape = (self.batch_size, self.latent_dim)
-        codes = self.ranks.part(torch.randn(shape, generator=self.rng, device=home)).to(device)
+        drawn = torch.randn(shape, generator=self.rng, device=home, dtype=like.dtype)
+        codes = self.ranks.part(drawn).to(like.device)
         if self.optimise_latents:
             codes.requires_grad_()
             # A process's own codes share in a mean over all, as the generator's gradients do.
@@ -288,8 +289,8 @@ class Inversion:
         # The bottleneck fires the head's layers again, so the statistics are closed before it.
         with ExitStack() as hooks:
             statistics = [hooks.enter_context(statistics_of(model)) for model in watched]
-            z = self.features(x)
-            teacher_logits, student_logits = self.head(z), student(x)
+            z = self.features(x.clone())
+            teacher_logits, student_logits = logits_of(self.head(z)), ask(student, x)
         batchnorm_loss = sum((each.loss() for each in statistics), teacher_logits.new_zeros(()))
         return z, teacher_logits, student_logits, batchnorm_loss
 

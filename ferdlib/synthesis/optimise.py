@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ferdlib import _checks
 from ferdlib.distributed import Ranks
 from ferdlib.synthesis.health import first_bad, is_finite
 
@@ -83,7 +84,7 @@ def optimise(
     healthy[-1] = healthy[-1] & score.isfinite().all()
     parts = found.parts | {"total": found.total}
     # One collective call and one wait for all of them.
-    means = ranks.mean(torch.stack([part.detach().double() for part in parts.values()]))
+    means = ranks.mean(torch.stack([_checks.double(part.detach()) for part in parts.values()]))
     return Optimised(
         images=images,
         metrics=dict(zip(parts, means.tolist(), strict=True)),

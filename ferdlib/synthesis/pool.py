@@ -58,7 +58,11 @@ class ImagePool:
     @property
     def labels(self) -> Tensor:
         """int64 labels of the stored images, `(len,)`."""
-        return self.column("labels") if self._columns else torch.empty(0, dtype=torch.int64)
+        return (
+            self.column("labels")
+            if self._columns
+            else torch.empty(0, dtype=torch.int64, device="cpu")
+        )
 
     @public
     def column(self, name: str) -> Tensor:

@@ -79,8 +79,8 @@ def sample_labels(
         labels = torch.multinomial(weights, count, replacement=True, generator=rng)
         return labels.to(p.device)
     # Quantiles of the cumulated shares, in float64: a share is hit as often as it is large.
-    edges = weights.double().cumsum(dim=0)
-    offset = torch.rand((), generator=rng, device=device)
+    edges = _checks.double(weights).cumsum(dim=0)
+    offset = torch.rand((), generator=rng, device=device, dtype=torch.float32)
     points = (torch.arange(count, device=device) + offset) / count
-    labels = torch.searchsorted(edges / edges[-1], points.double(), right=True)
+    labels = torch.searchsorted(edges / edges[-1], points.to(edges), right=True)
     return labels.clamp(max=len(p) - 1).to(p.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ferdlib
 from ferdlib import _checks, losses, reweight
 from ferdlib._checks import InvalidType, InvalidValue, got
-from ferdlib._modes import borrowed
+from ferdlib._modes import ask, borrowed, lent
 from ferdlib.augment import Crops
 from ferdlib.bottleneck import split_at
 from ferdlib.checkpoints import digest
@@ -107,7 +107,7 @@ def fresh_generator(config: FERDConfig, device: torch.device, rng: torch.Generat
             width=config.generator_width,
             num_classes=config.num_classes if config.conditional_generator else None,
         )
-    generator.to_empty(device=device)
+    generator.float().to_empty(device=device)
     generator.reset(rng)
     return generator
 
@@ -136,6 +136,12 @@ def augmentation(config: FERDConfig, rng: torch.Generator, ranks: Ranks) -> Augm
         return replace(drawn, **part)(x)
 
     return augment
+
+
+def uniform(config: FERDConfig) -> Tensor:
+    """Build equal class probabilities."""
+    k = config.num_classes
+    return torch.full((k,), 1 / k, dtype=torch.float32, device="cpu")
 
 
 def rule(config: FERDConfig) -> Rule | None:
@@ -238,14 +244,39 @@ def check_together(config: FERDConfig, source: Source, method: Method, validatio
         raise InvalidValue(f"expected no `validation` for {name}, which does not use it, got one")
 
 
+def lending(batches: Iterable[Any], *models: nn.Module) -> Iterator[Any]:
+    """Batches of a source that has the models only while it makes one."""
+    maker = iter(batches)
+    while True:
+        with lent(*models):
+            batch = next(maker, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def examples(x_adv: Any, x: Tensor) -> Tensor:
+    """Result of an attack of the user, without its graph."""
+    if not isinstance(x_adv, Tensor) or x_adv.shape[1:] != x.shape[1:]:
+        raise InvalidValue(
+            f"expected `attack` to return images of shape {tuple(x.shape)}, got {got(x_adv)}"
+        )
+    return x_adv.detach().to(x)
+
+
 def check_logits(
     teacher: nn.Module, student: nn.Module, config: FERDConfig, device: torch.device
 ) -> None:
     """Refuse models whose logits do not fit the config."""
-    image = torch.zeros(1, *config.image_shape, device=device)
+    image = torch.zeros(1, *config.image_shape, dtype=torch.float32, device=device)
     with torch.no_grad(), borrowed(teacher, student):
         for name, model in (("teacher", teacher), ("student", student)):
-            logits = model(image)
+            dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+            # Images are float32; autocast alone lets other weights meet them.
+            if config.precision == "float32" and not dtypes <= {torch.float32}:
+                came = ", ".join(sorted(str(each)[6:] for each in dtypes))
+                raise InvalidType(f"expected `{name}` in float32, got {came}; call {name}.float()")
+            logits = ask(model, image)
             if not isinstance(logits, Tensor) or logits.shape != (1, config.num_classes):
                 raise InvalidValue(
                     f"expected `{name}` to return logits of shape (N, {config.num_classes}), got "

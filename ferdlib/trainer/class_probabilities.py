@@ -45,7 +45,9 @@ class ClassProbabilities:
     ) -> None:
         self.config, self.rule, self.teacher = config, rule, teacher
         self.rng, self.ranks = rng, ranks
-        self.statistic = torch.full((config.num_classes,), torch.nan, dtype=torch.float64)
+        self.statistic = torch.full(
+            (config.num_classes,), torch.nan, dtype=torch.float64, device="cpu"
+        )
 
     def update(self, p: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return the next p, from images x made for labels y; the last one if there is no rule.

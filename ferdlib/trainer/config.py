@@ -227,6 +227,7 @@ class FERDConfig:
 
     @public
     def __post_init__(self) -> None:
+        _arguments.settle(self)
         named = partial(_arguments.named, self)
         choice = _arguments.choice
         _arguments.integer(2, num_classes=self.num_classes)

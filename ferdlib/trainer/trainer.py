@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, public
-from ferdlib._modes import borrowed
+from ferdlib._modes import borrowed, lent
 from ferdlib.distributed import Ranks
 from ferdlib.methods import Method
 from ferdlib.methods.protocol import teacher_logits
@@ -58,8 +58,8 @@ class FERDTrainer:
         source: makes images, instead of FERD's inversion.
         method: attack and loss, instead of FERD's. Modules of a source or method follow the device; one with
             an `rng` that is None gets a generator from `seed`.
-        attack: called as `attack(student, x, y)`, instead of the method's; a rule that watches the method's
-            attack (Fair-ARD's, GAIRAT) learns nothing from it.
+        attack: called as `attack(student, x, y)` with the student in train mode, whose modes and statistics come
+            back as they were, instead of the method's; a rule that watches that (Fair-ARD's) learns nothing.
         validation: batches `(x, y)` of held-out images, iterated once per epoch, for methods that need them.
         reweight: class means of the margin `(K,)` to class probabilities `(K,)`, instead of the config's rule.
         student_optimizer: makes the student's optimizer from its parameters, instead of the config's SGD.
@@ -123,7 +123,7 @@ class FERDTrainer:
         # Images of a student step on this process.
         self._share = self._ranks.share("config.batch_size", config.batch_size)
         # One process has one generator. Of several, each also has its own, seeded anew every epoch.
-        self._rng = torch.Generator().manual_seed(seed)
+        self._rng = torch.Generator().manual_seed(_checks.plain(seed))
         self._own_rng = self._rng if self._ranks.size == 1 else torch.Generator()
         self._ranks.reseed(self._own_rng, self._rng)
 
@@ -150,7 +150,7 @@ class FERDTrainer:
         # An epoch was begun and not finished: student and pool are those of no epoch.
         self._within = False
 
-        self.class_probabilities = torch.full((config.num_classes,), 1 / config.num_classes)
+        self.class_probabilities = build.uniform(config)
         self._probabilities = ClassProbabilities(
             config, reweight or build.rule(config), self._fast_teacher, self._rng, self._ranks
         )
@@ -248,19 +248,16 @@ class FERDTrainer:
         index = self.pool.draw(self._share, rng=self._rng)
         x, y = self.pool[index]
         x = x if self._augment is None else self._augment(x)
-        # A student in train mode keeps its own flags: layers that its owner froze stay frozen.
-        training = None if self.student.training else True
-        with (
-            build.precision(self.config, self.device),
-            borrowed(self.student, training=training, freeze=False),
-        ):
-            reference = self._reference(index, x)
-            x_adv = self._adversarial(index, x, y, reference)
-            loss = self.method.loss(self._parallel, x, x_adv, y, reference).mean()
-        # The gradients stay after the step, for the epoch's watch over finite numbers.
-        self.student_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.student_optimizer.step()
+        # Until the weights have moved: an evaluation in another thread waits for the whole step.
+        with borrowed(self.student, training=True, freeze=False), borrowed(self.teacher):
+            with build.precision(self.config, self.device):
+                reference = self._reference(index, x)
+                x_adv = self._adversarial(index, x, y, reference)
+                loss = self.method.loss(self._parallel, x, x_adv, y, reference).mean()
+            # The gradients stay after the step, for the epoch's watch over finite numbers.
+            self.student_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.student_optimizer.step()
         return self._ranks.mean(loss)
 
     @public
@@ -325,7 +322,8 @@ class FERDTrainer:
         """Begin an epoch of the source; the teacher's owner may have loaded weights since the last one."""
         if isinstance(self._fast_teacher, FrozenModel):
             self._fast_teacher.follow(self.teacher)
-        batches = iter(self.source.epoch(self.student, self.class_probabilities))
+        made = self.source.epoch(self.student, self.class_probabilities)
+        batches = build.lending(made, self.student, self.teacher)
         return batches if self._ranks.size == 1 else build.in_step(batches, self._ranks)
 
     def _store(self, batch: Batch) -> Batch:
@@ -355,14 +353,18 @@ class FERDTrainer:
         if self._keeps_examples:
             return self.pool.column("examples")[index]
         if self._attack is not None:
-            return self._attack(self.student, x, y)
-        return self.method.attack(self.student, x, y, reference)
+            with lent(self.student, self._attack):
+                return build.examples(self._attack(self.student, x.clone(), y.clone()), x)
+        with borrowed(self.student, training=None, freeze=False):
+            return self.method.attack(self.student, x, y, reference)
 
     def _end_epoch_of_method(self) -> None:
         """Let the method learn from the epoch; a warm-up epoch is none of its own."""
         if self._validation is not None:
-            batches = ((x.to(self.device), y.to(self.device)) for x, y in self._validation)
-            self.method.validate(self.student, batches)  # type: ignore[attr-defined]
+            pairs = (_checks.batch(validation=each) for each in self._validation)
+            batches = ((x.to(self.device), y.to(self.device)) for x, y in pairs)
+            with lent(self.student, self.teacher):
+                self.method.validate(self.student, batches)  # type: ignore[attr-defined]
         if hasattr(self.method, "sync"):
             self.method.sync()
         self.method.end_epoch()
