@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import shlex
 import signal
@@ -51,6 +52,10 @@ RESUMABLE = ("quickstart", "train", "distill", "evaluate")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; wrong input ends with one sentence and a status other than 0."""
+    for stream in (sys.stdout, sys.stderr):
+        # A class may have a name that the terminal has no letters for.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help"):
         lines = (f"  {command:<12}{about[0]}" for command, about in COMMANDS.items())

@@ -91,7 +91,10 @@ class Crops:
         padded = F.pad(x, [self.padding] * 4)
         images = torch.arange(n, device=x.device)[:, None, None]
         # Advanced indices around a slice put their dimensions first: (N, H, W, C).
-        return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        cut = padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        # As x lies in memory: a model may take a view of it.
+        dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+        return cut.contiguous() if dense else cut
 
 
 @public

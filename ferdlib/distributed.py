@@ -98,7 +98,7 @@ class Ranks:
 
     def anywhere(self, flag: bool) -> bool:
         """True if the flag is set on some process; all of them must ask."""
-        return bool(self.total(torch.tensor(int(flag)))) if self.size > 1 else flag
+        return bool(self.total(torch.tensor(int(flag), device="cpu"))) if self.size > 1 else flag
 
     def add_to(self, mean: Any) -> None:
         """Add up sums and counts of a `reweight.ClassMean` over all processes."""

@@ -81,7 +81,7 @@ def class_accuracy(confusion: Tensor) -> Tensor:
         tensor([0.7500,    nan], dtype=torch.float64)
     """
     _checks.confusion(batched=True, confusion=confusion)
-    return confusion.diagonal(dim1=-2, dim2=-1).double() / confusion.sum(dim=-1)
+    return _checks.double(confusion.diagonal(dim1=-2, dim2=-1)) / confusion.sum(dim=-1)
 
 
 @public
@@ -125,7 +125,7 @@ def worst_fraction(acc: Tensor, fraction: float = 0.1) -> Tensor:
     a = _accuracies(acc).sort(dim=-1).values
     present = (~a.isnan()).sum(dim=-1, keepdim=True)
     # A product that should be whole may come out above: 0.07 * 100 = 7.000000000000001, not 8.
-    count = (fraction * present.double() * (1 - 1e-12)).ceil()
+    count = (fraction * _checks.double(present) * (1 - 1e-12)).ceil()
     worst = torch.arange(a.shape[-1], device=a.device) < count
     return torch.where(worst, a, 0.0).sum(dim=-1) / count.squeeze(-1)
 
@@ -170,7 +170,7 @@ def inheritance_ratio(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _checks.class_vector(0, 1, batched=True, student=student, teacher=teacher)
     _checks.alike(student=student, teacher=teacher)
-    return student.double() / teacher.double()
+    return _checks.double(student) / _checks.double(teacher)
 
 
 @public
@@ -196,11 +196,11 @@ def target_entropy(confusion: Tensor) -> Tensor:
     _checks.confusion(batched=True, confusion=confusion)
     k = confusion.shape[-1]
     hits = torch.eye(k, dtype=torch.bool, device=confusion.device)
-    errors = confusion.masked_fill(hits, 0).double()
+    errors = _checks.double(confusion.masked_fill(hits, 0))
     q = errors / errors.sum(dim=-1, keepdim=True)
     return torch.xlogy(q, 1 / q).sum(dim=-1) / math.log(k - 1)
 
 
 def _accuracies(acc: Tensor) -> Tensor:
     _checks.class_vector(0, 1, batched=True, acc=acc)
-    return acc.double()
+    return _checks.double(acc)

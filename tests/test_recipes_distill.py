@@ -234,7 +234,7 @@ def test_the_differences_are_those_of_the_paired_tests(table):
             )
             for seed in (0, 1)
         ]
-        assert row[0] == "fair-ard − ard"
+        assert row[0] == "fair-ard - ard"
         for shown, figure in ((row[2:4], "average"), (row[4:6], "worst_class")):
             pairs = [getattr(test, figure) for test in tests]
             mean = 100 * sum(difference for difference, _ in pairs) / 2

@@ -54,7 +54,8 @@ def class_temperatures(
     _checks.real(low, high=high)
     if not bool((temperatures > 0).all()):
         raise InvalidValue(f"expected `temperatures` > 0, got {temperatures.tolist()}")
-    losses, tau = class_losses.to(temperatures.device, torch.float64), temperatures.double()
+    losses = _checks.double(class_losses, temperatures.device)
+    tau = _checks.double(temperatures)
     present = losses[~losses.isnan()]
     # The ends are compared, because the mean of equal losses may round away from them.
     if not len(present) or bool(present.min() == present.max()):
@@ -132,9 +133,10 @@ class MTARDBalance:
     def __init__(self, *, rate: float = 0.025, exponent: float = 1.0) -> None:
         _checks.real(0, 1, rate=rate)
         _checks.real(0, exponent=exponent)
-        self.rate, self.exponent = rate, exponent
-        self.clean_weight = torch.tensor(0.5, dtype=torch.float64)
-        self.initial_losses = torch.empty(0, dtype=torch.float64)
+        # A state holds the rate.
+        self.rate, self.exponent = _checks.plain(rate), _checks.plain(exponent)
+        self.clean_weight = torch.tensor(0.5, dtype=torch.float64, device="cpu")
+        self.initial_losses = torch.empty(0, dtype=torch.float64, device="cpu")
 
     @property
     def adv_weight(self) -> Tensor:
@@ -146,7 +148,7 @@ class MTARDBalance:
         _checks.scalar(adv_loss=adv_loss, clean_loss=clean_loss)
         # A schedule may have set it.
         _checks.real(0, 1, rate=self.rate)
-        now = torch.stack([adv_loss.double(), clean_loss.to(adv_loss.device).double()]).detach()
+        now = _checks.double(torch.stack([adv_loss, clean_loss.to(adv_loss.device)]).detach())
         if not len(self.initial_losses):
             if not bool((now.isfinite() & (now > 0)).all()):
                 wanted = "finite `adv_loss` and `clean_loss` > 0 at the first update"
@@ -175,5 +177,5 @@ class MTARDBalance:
             came = tuple(initial.shape)
             raise InvalidValue(f"expected `initial_losses` of shape (0,) or (2,), got {came}")
         self.rate = state["rate"]
-        self.clean_weight = state["clean_weight"].detach().double().clone()
-        self.initial_losses = initial.detach().double().clone()
+        self.clean_weight = _checks.double(state["clean_weight"].detach()).clone()
+        self.initial_losses = _checks.double(initial.detach()).clone()

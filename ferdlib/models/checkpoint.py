@@ -135,7 +135,7 @@ def _load(
     weights = _renamed(_weights(content, file), fresh)
     _check_fit(weights, fresh, architecture, file)
     # Files of torch before 0.4.1 have no count of batches.
-    counts = {k: torch.zeros(()) for k in fresh if k.endswith("num_batches_tracked")}
+    counts = {k: torch.zeros((), device="cpu") for k in fresh if k.endswith("num_batches_tracked")}
     model.to_empty(device="cpu").load_state_dict(counts | weights)
     return model.eval()
 

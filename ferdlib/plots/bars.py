@@ -87,7 +87,7 @@ def plot_classes(
     drawn, values = [], []
     for i, (model, row) in enumerate(rows.items()):
         worst, colour = int(row.nan_to_num(nan=math.inf).argmin()), COLOURS[i % len(COLOURS)]
-        x = torch.arange(k) + (step * (i - (len(rows) - 1) / 2) if bars else 0)
+        x = torch.arange(k, device="cpu") + (step * (i - (len(rows) - 1) / 2) if bars else 0)
         at, lowest = float(x[worst]), float(row[worst])
         handle: Any
         if bars:

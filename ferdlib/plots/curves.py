@@ -56,7 +56,7 @@ def plot_sweep(
     _checks.instance(Sequence, values=values)
     for i, each in enumerate(values):
         _checks.real(**{f"values[{i}]": each})
-    x, order = torch.tensor(values).double().sort()
+    x, order = torch.tensor(values, device="cpu").double().sort()
     named = _common.by_name(figures=figures)
     _checks.floating(**named)
     for name, value in named.items():
@@ -133,7 +133,7 @@ def plot_survival(
     from matplotlib.ticker import MaxNLocator
 
     t = range(steps + 1)
-    alive = 100 * (first[:, None] > torch.tensor(t)).double()
+    alive = 100 * (first[:, None] > torch.tensor(t, device="cpu")).double()
     share = torch.stack([alive[y == c].mean(dim=0) for c in range(k)])
     # An absent class has no curve, and is not the worst.
     mean, end = share.nanmean(dim=0).tolist(), share[:, -1].nan_to_num(nan=math.inf)

@@ -63,7 +63,10 @@ def plot_confusion(
 
     total = counts.sum(dim=1, keepdim=True)
     shown = torch.where(total > 0, 100 * counts / total if normalize else counts.double(), math.nan)
-    unit, diagonal = "% of row" if normalize else "samples", torch.eye(k, dtype=torch.bool)
+    unit, diagonal = (
+        "% of row" if normalize else "samples",
+        torch.eye(k, dtype=torch.bool, device="cpu"),
+    )
     # Both scales end light enough for black numbers.
     reds, greys = ["#fff7ec", "#fdbb84", "#e34a33"], ["0.97", "0.65"]
     parts = [("errors", ~diagonal, reds, 0.53), ("correct", diagonal, greys, 0.0)]
@@ -133,7 +136,7 @@ def plot_images(
     height, width = images.shape[2:]
     gap = math.ceil(min(height, width) / 16)
     down, across = height + gap, width + gap
-    picture = torch.full((3, k * down - gap, per_class * across - gap), GAP_GREY)
+    picture = torch.full((3, k * down - gap, per_class * across - gap), GAP_GREY, device="cpu")
     for c in range(k):
         for j, image in enumerate(images[y == c][:per_class]):
             picture[:, c * down :, j * across :][:, :height, :width] = image

@@ -135,7 +135,7 @@ def pair_rows(reports: Reports, pairs: list[tuple[str, str]]) -> list[list[str]]
         both = zip(reports[name], reports[plain], strict=True)
         comparisons = [compare({name: a, plain: b}) for a, b in both]
         for column in COLUMNS:
-            row = [f"{name} − {plain}", column]
+            row = [f"{name} - {plain}", column]
             tests = [comparison.test(name, plain, column) for comparison in comparisons]
             for figure in ("average", "worst_class"):
                 found = [getattr(test, figure) for test in tests]

@@ -40,7 +40,7 @@ def gairat(steps_withstood: Tensor, steps: int, *, shift: float = -1.0) -> Tenso
     if k.ndim != 1 or not len(k):
         shape = tuple(k.shape)
         raise InvalidValue(f"expected `steps_withstood` of shape (N,) with N >= 1, got {shape}")
-    counts = k.double()
+    counts = _checks.double(k)
     # A NaN is inside no interval.
     if not bool(((counts >= 0) & (counts <= steps * ROUNDING)).all()):
         raise InvalidValue(f"expected `steps_withstood` in [0, {steps}], got {k.tolist()}")
@@ -119,7 +119,7 @@ def kl_ball(scores: Tensor, *, radius: float = 0.5) -> Tensor:
     _checks.class_vector(scores=scores)
     _checks.real(0, radius=radius)
     # So few numbers are fastest on the host.
-    a = filled(scores.detach().double().cpu())
+    a = filled(scores.detach().cpu().double())
     k, gap = len(a), a.max() - a
     if radius == 0 or not bool(gap.any()):
         return torch.full_like(scores, 1 / k)
@@ -181,14 +181,14 @@ def confusion_weights(confusion_probabilities: Tensor, *, strength: float = 1.0)
 def _cfa_factors(robust_accuracy: Tensor, base: float) -> Tensor:
     _checks.class_vector(0, 1, robust_accuracy=robust_accuracy)
     _checks.real(0, base=base)
-    r = robust_accuracy.double()
+    r = _checks.double(robust_accuracy)
     return torch.where(r.isnan(), 1.0, base + r)
 
 
 def _distributions(confusion_probabilities: Tensor) -> Tensor:
     """Return rows that are distributions, or `nan` altogether, in float64."""
     _checks.floating(confusion_probabilities=confusion_probabilities)
-    p, name = confusion_probabilities.double(), "confusion_probabilities"
+    p, name = _checks.double(confusion_probabilities), "confusion_probabilities"
     if p.ndim != 2 or p.shape[0] != p.shape[1] or len(p) < 2:
         raise InvalidValue(f"expected `{name}` of shape (K, K) with K >= 2, got {tuple(p.shape)}")
     # Rows in half precision sum to 1 within 1e-3.

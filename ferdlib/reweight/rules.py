@@ -36,7 +36,7 @@ def margin_softmax(
     k = len(class_margins)
     if floor >= 1 / k:
         raise InvalidValue(f"expected `floor` < 1/K = {1 / k:g}, got {floor:g}")
-    p = F.softmax(filled(-class_margins.double()) / temperature, dim=0)
+    p = F.softmax(filled(-_checks.double(class_margins)) / temperature, dim=0)
     return ((1 - k * floor) * p + floor).to(class_margins.dtype)
 
 
@@ -59,7 +59,7 @@ def margin_minmax(class_margins: Tensor, *, low: float = 0.05, high: float = 0.2
     _checks.real(0, low=low, high=high)
     if low >= high:
         raise InvalidValue(f"expected `high` in ({low:g}, inf), above `low`, got {high:g}")
-    d = filled(-class_margins.double())
+    d = filled(-_checks.double(class_margins))
     span = d.max() - d.min()
     p = low + (high - low) * (d - d.min()) / span if span > 0 else torch.ones_like(d)
     return (p / p.sum()).to(class_margins.dtype)
@@ -82,7 +82,7 @@ def lps_power(kappa: Tensor, *, beta: float = 2.0, guard: float = 1e-5) -> Tenso
     """
     _checks.class_vector(0, kappa=kappa)
     _checks.real(0, beta=beta, guard=guard)
-    k = kappa.double() + guard
+    k = _checks.double(kappa) + guard
     if bool((k == 0).any()):
         raise InvalidValue("expected `guard` > 0 where a `kappa` is 0, got 0")
     return mean_one(-beta * k.log()).to(kappa.dtype)
@@ -154,7 +154,8 @@ def normalize(
         raise InvalidValue(f"expected `w` of shape (K,), got {tuple(w.shape)}")
     if not bool((w.isfinite() & (w >= 0)).all() & (w > 0).any()):
         raise InvalidValue(f"expected `w` finite, >= 0 and not all 0, got {w.tolist()}")
-    scaled = w.double() / (w.double().mean() if to == "mean" else w.double().sum())
+    exact = _checks.double(w)
+    scaled = exact / (exact.mean() if to == "mean" else exact.sum())
     if clip is not None:
         _checks.pair(0, clip=clip)
         scaled = scaled.clamp(*clip)
@@ -166,4 +167,4 @@ def _counts(kappa: Tensor, steps: int, shift: float = 0.0) -> Tensor:
     _checks.integer(1, steps=steps)
     _checks.real(shift=shift)
     _checks.class_vector(0, steps * ROUNDING, kappa=kappa)
-    return kappa.double()
+    return _checks.double(kappa)

@@ -75,7 +75,8 @@ class FRLWeights:
         _checks.real(0, clean_slack=self.clean_slack, boundary_slack=self.boundary_slack)
         _checks.real(0, rate=self.rate, margin_rate=self.margin_rate)
         _checks.real(0, 1, limit=self.limit)
-        self.clean_multipliers = torch.zeros(self.num_classes, dtype=torch.float64)
+        zeros = torch.zeros(self.num_classes, dtype=torch.float64, device="cpu")
+        self.clean_multipliers = zeros
         self.boundary_multipliers = self.clean_multipliers.clone()
         self.margin_multipliers = self.clean_multipliers.clone()
 
@@ -102,7 +103,7 @@ class FRLWeights:
         _checks.class_vector(0, 1, num_classes=k, clean_accuracy=clean, robust_accuracy=robust)
         # A schedule may have set it.
         _checks.real(0, rate=self.rate)
-        clean, robust = clean.detach().double(), robust.detach().double()
+        clean, robust = (_checks.double(acc.detach()) for acc in (clean, robust))
         error, boundary = 1 - clean, clean - robust.to(clean.device)
         if bool(boundary.isnan().all()):
             raise InvalidValue(
@@ -120,7 +121,7 @@ class FRLWeights:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the multipliers, and the rate as it is now."""
         multipliers = {name: getattr(self, name).clone() for name in FRL_MULTIPLIERS}
-        return multipliers | {"rate": torch.tensor(self.rate, dtype=torch.float64)}
+        return multipliers | {"rate": torch.tensor(self.rate, dtype=torch.float64, device="cpu")}
 
     @public
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -180,7 +181,7 @@ class HedgeWeights:
         _checks.integer(2, num_classes=num_classes)
         _checks.real(0, rate=rate)
         self.num_classes, self.rate = num_classes, rate
-        self.excess = torch.zeros(self.num_classes, dtype=torch.float64)
+        self.excess = torch.zeros(self.num_classes, dtype=torch.float64, device="cpu")
         self.updates = 0
 
     @property
@@ -198,7 +199,7 @@ class HedgeWeights:
         """Add an epoch's mean loss of each class `(K,)` on held-out data, and that of all samples."""
         _checks.class_vector(num_classes=self.num_classes, class_losses=class_losses)
         _checks.real(average_loss=average_loss)
-        excess = class_losses.detach().double() - average_loss
+        excess = _checks.double(class_losses.detach()) - average_loss
         if bool(excess.isnan().all()):
             raise InvalidValue("expected `class_losses` of at least one class, got only nan")
         self.excess = self.excess.to(excess.device) + excess.nan_to_num()
@@ -206,7 +207,7 @@ class HedgeWeights:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that continuing needs."""
-        return {"excess": self.excess.clone(), "updates": torch.tensor(self.updates)}
+        return {"excess": self.excess.clone(), "updates": torch.tensor(self.updates, device="cpu")}
 
     @public
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

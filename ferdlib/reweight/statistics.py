@@ -36,8 +36,8 @@ class ClassMean:
 
     def reset(self) -> None:
         """Forget all values."""
-        self.sums = torch.zeros(self.num_classes, dtype=torch.float64)
-        self.counts = torch.zeros(self.num_classes, dtype=torch.int64)
+        self.sums = torch.zeros(self.num_classes, dtype=torch.float64, device="cpu")
+        self.counts = torch.zeros(self.num_classes, dtype=torch.int64, device="cpu")
 
     @public
     def update(self, values: Tensor, targets: Tensor) -> None:
@@ -54,8 +54,8 @@ class ClassMean:
         _checks.labels(targets=targets, like=values, num_classes=k)
         member = F.one_hot(targets, k).bool()
         # Selected, not multiplied: a NaN stays in its own class.
-        added = torch.where(member, values.detach().double()[:, None], 0.0)
-        self.sums = self.sums.to(values.device) + added.sum(dim=0)
+        added = torch.where(member, _checks.double(values.detach())[:, None], 0.0)
+        self.sums = _checks.double(self.sums, values.device) + added.sum(dim=0)
         self.counts = self.counts.to(values.device) + member.sum(dim=0)
 
     @public
@@ -71,7 +71,7 @@ class ClassMean:
         _checks.instance(ClassMean, other=other)
         counts = other.counts.to(self.counts.device)
         _checks.alike(counts=self.counts, other=counts)
-        self.sums = self.sums + other.sums.to(self.sums.device)
+        self.sums = self.sums + _checks.double(other.sums, self.sums.device)
         self.counts = self.counts + counts
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -116,12 +116,12 @@ class ClassWeights(ClassMean):
         super().__init__(num_classes)
         _checks.callable_(rule=rule)
         self.rule = rule
-        self.weights = torch.ones(num_classes, dtype=torch.float64)
+        self.weights = torch.ones(num_classes, dtype=torch.float64, device="cpu")
 
     @public
     def __call__(self, values: Tensor, targets: Tensor) -> Tensor:
         self._add(values, targets)
-        self.weights = self.weights.to(targets.device)
+        self.weights = _checks.double(self.weights, targets.device)
         dtype = values.dtype if values.is_floating_point() else torch.float32
         return self.weights.to(dtype)[targets]
 
@@ -140,7 +140,7 @@ class ClassWeights(ClassMean):
         if w.shape != (k,) or not bool((w.isfinite() & (w >= 0)).all()):
             wanted = f"{k} finite values >= 0"
             raise InvalidValue(f"expected `rule` to return {wanted}, got {w.tolist()}")
-        self.weights = w.detach().double().clone()
+        self.weights = _checks.double(w.detach()).clone()
         self.reset()
 
     def state_dict(self) -> dict[str, Tensor]:

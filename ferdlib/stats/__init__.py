@@ -144,7 +144,7 @@ def average_interval(
     x, n = _present(correct, totals, confidence)
     means, _ = resampled(x / n, n, draws, seed)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    return means.quantile(torch.tensor(tails, dtype=torch.float64))
+    return means.quantile(torch.tensor(tails, dtype=torch.float64, device="cpu"))
 
 
 @public
@@ -181,7 +181,7 @@ def nsd_interval(
     x, n = _present(correct, totals, confidence)
     _checks.integer(0, ddof=ddof)
     if ddof >= len(n) or not bool(x.any()):
-        return torch.full((2,), math.nan, dtype=torch.float64)
+        return torch.full((2,), math.nan, dtype=torch.float64, device="cpu")
     acc = x / n
     mean, measured = acc.mean(), (acc - acc.mean()).square().sum()
     # The spread of the measured accuracies is that of the truth and of noise: take the noise out.
@@ -193,7 +193,7 @@ def nsd_interval(
     estimate = (true_squares(acc, n) / (len(n) - ddof)).sqrt() / mean
     # With ties, up to rounding: where classes hardly differ, T is 0 in the data and most resamples.
     bias = torch.special.ndtri((t <= estimate + 1e-12).double().mean())
-    spread = _normal_quantile(confidence) * torch.tensor([-1.0, 1.0]).double()
+    spread = _normal_quantile(confidence) * torch.tensor([-1.0, 1.0], device="cpu").double()
     low, high = t.quantile(torch.special.ndtr(2 * bias + spread))
     # A share of ties near 1 would move even the lower limit beyond them.
     return torch.stack([low.minimum(estimate), high.maximum(estimate)])
@@ -252,7 +252,7 @@ def holm(p: Tensor) -> Tensor:
         raise InvalidValue(f"expected `p` of shape (K,) in [0, 1] (or nan), got {p.tolist()}")
     # nan is sorted to the end, where it reaches no other.
     ordered, order = p.sort()
-    left = (~p.isnan()).sum() - torch.arange(len(p))
+    left = (~p.isnan()).sum() - torch.arange(len(p), device="cpu")
     adjusted = (left * ordered).cummax(dim=0).values.clamp(max=1)
     return torch.empty_like(p).scatter(0, order, adjusted)
 
@@ -357,7 +357,9 @@ def _present(correct: Tensor, totals: Tensor, confidence: float) -> tuple[Tensor
 
 
 def _normal_quantile(confidence: float) -> Tensor:
-    z: Tensor = torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64))
+    z: Tensor = torch.special.ndtri(
+        torch.tensor((1 + confidence) / 2, dtype=torch.float64, device="cpu")
+    )
     return z
 
 

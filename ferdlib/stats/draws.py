@@ -68,7 +68,7 @@ def _normal_limit(acc: Tensor, n: Tensor, draws: int, seed: int) -> tuple[Tensor
     slope = torch.where(spread > 0, av.sum() / spread, 0)
     rest = (vv.sum() - slope**2).clamp(min=0).sqrt()
     rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(2, draws, dtype=torch.float64, generator=rng)
+    z = torch.randn(2, draws, dtype=torch.float64, device="cpu", generator=rng)
     means = ((m1.sum() + spread * z[0]) / len(n)).clamp(0, 1)
     v = ((1 + e) * m2 - e * m1).sum() + slope * z[0] + rest * z[1]
     return means, (v - len(n) * means**2).clamp(min=0)
