@@ -69,6 +69,15 @@ def test_no_padding_and_no_flip_is_the_identity():
     assert torch.equal(crop_flip(x, padding=0, flip=False), x)
 
 
+def test_images_lie_in_memory_as_they_came():
+    x = torch.rand(4, 3, 6, 5)
+    assert crop_flip(x).is_contiguous()
+    assert crop_flip(x.mT).is_contiguous()
+    strided = x.to(memory_format=torch.channels_last)
+    assert crop_flip(strided, rng=seeded()).stride() == strided.stride()
+    assert torch.equal(crop_flip(strided, rng=seeded()), crop_flip(x, rng=seeded()))
+
+
 def test_gradient_counts_the_visible_pixels():
     x = (torch.rand(30, 2, 4, 5, generator=seeded()) + 1).requires_grad_()
     out = crop_flip(x, padding=2, rng=seeded(1))

@@ -10,9 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import ferdlib
 from ferdlib import attacks, augment, bottleneck, losses, metrics, models, reweight, synthesis
+from ferdlib.evaluation import PROTOCOLS
+from ferdlib.evaluation.attack import _start
 
 N, K = 6, 4
 
@@ -273,6 +277,47 @@ def test_nothing_seeds_the_global_generator():
         called = [ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)]
         found |= {name for name in called if seeds.search(name)}
     assert found == {"torch.Generator().manual_seed", "own.manual_seed"}
+
+
+def test_tensors_are_made_on_a_named_device():
+    made = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+    made |= {"randperm", "tensor", "zeros"}
+    for path in Path(ferdlib.__file__).parent.rglob("*.py"):
+        # A command is the only user of its process.
+        if path.parent.name != "recipes":
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                call = ast.unparse(node.func).partition(".") if isinstance(node, ast.Call) else ()
+                if call and call[0] == "torch" and call[2] in made:
+                    assert "device" in {k.arg for k in node.keywords}, f"{path}:{node.lineno}"
+
+
+class NoFloat64(TorchDispatchMode):
+    """The device "meta" as one that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return True  # a check of values is passed
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                assert (tensor.device.type, tensor.dtype) != ("meta", torch.float64)
+        return out
+
+
+def test_nothing_is_float64_on_a_device_without_it():
+    z, y, p = Z.to("meta"), Y.to("meta"), torch.ones(K, device="meta") / K
+    mean, weights = reweight.ClassMean(K), reweight.ClassWeights(K, reweight.lps_power)
+    balance, spec = losses.MTARDBalance(), PROTOCOLS["quick"].attacks[1]
+    balance.initial_losses = torch.ones(2, dtype=torch.float64)
+    with NoFloat64():
+        mean.update(z[:, 0], y)
+        mean.merge(reweight.ClassMean(K))
+        weights(z[:, 0], y)
+        balance.update(z.mean(), z.mean())
+        for rule in (metrics.average, reweight.normalize, partial(metrics.inheritance_ratio, p)):
+            rule(p)
+        assert _start(spec, 0, 0, torch.arange(N), X.to("meta")).device.type == "meta"
+    assert mean.sums.dtype == torch.float32
 
 
 def public_functions():

@@ -180,18 +180,62 @@ def test_an_absent_class_keeps_its_last_statistic():
 
 
 def test_another_source_trains_after_each_of_its_batches():
-    calls = []
-
-    def attack(student, x, y):
-        calls.append(len(x))
-        return x
-
-    trainer = make_trainer(source=Recorder(3), attack=attack, epochs=2, warmup_epochs=1, layer=None)
+    trainer = make_trainer(source=Recorder(3), epochs=2, warmup_epochs=1, layer=None)
     stats = trainer.fit()
     assert trainer.generator is None
-    assert len(calls) == 3 * TINY["student_steps"]
     assert stats[-1].pool_size == 36
     assert stats[-1].synthesis == {"note": 1.0}
+
+
+class Meddler(Recorder):
+    """Source, method and attack that leave the models in another state than they came in."""
+
+    def epoch(self, student, class_probabilities):
+        for batch in super().epoch(student, class_probabilities):
+            student(batch[0])
+            student.train(not student.training)
+            yield batch
+
+    def attack(self, student, x, y):
+        student.train()(x)
+        losses.cross_entropy(student(x), y).sum().backward()
+        student.eval().requires_grad_(False)
+        y.fill_(0)
+        return x.mul_(1).requires_grad_()
+
+
+class MeddlingMethod(FERDDistillation):
+    def attack(self, student, x, y, reference=None):
+        x_adv = super().attack(student, x, y, reference)
+        student.eval()
+        return x_adv
+
+
+def test_parts_of_the_user_leave_the_student_as_it_was():
+    """The BatchNorm of its own layers sees two batches a step, that of a frozen one none."""
+    plain = {"attack": lambda student, x, y: x}
+    meddling = {"attack": Meddler(3).attack, "source": Meddler(3)}
+    method = {"method": MeddlingMethod(teacher=make_models()[0], steps=1, random_start=None)}
+    method["method"].eps = 0.0
+    found = []
+    for parts in (plain, meddling, method):
+        torch.manual_seed(0)
+        trainer = make_trainer(**{"source": Recorder(3), "layer": None, "epochs": 2, **parts})
+        trainer.student.train().layer1.eval()
+        assert trainer.fit()[-1].pool_size == 36
+        found.append(weights(trainer.student))
+        assert [m.training for m in trainer.student.children()][:2] == [False, True]
+        assert all(p.requires_grad for p in trainer.student.parameters())
+    assert trainer.student.layer2[1].num_batches_tracked == 12
+    assert trainer.student.layer1[1].num_batches_tracked == 0
+    assert same(found[0], found[1])
+
+
+def test_what_an_attack_of_the_user_returns_is_checked():
+    with pytest.raises(
+        ValueError, match="^FERDTrainer.distill_step: expected `attack` to return images"
+    ):
+        make_trainer(attack=lambda student, x, y: (x, y), warmup_epochs=0).fit()
 
 
 def test_synthesize_goes_on_with_the_epoch_of_the_source():

@@ -211,7 +211,7 @@ class AdaAD(Distilled):
             return losses.distillation(*logits)
 
         # In train mode, the attack leaves the modes of two models to its caller.
-        with borrowed(self.teacher), borrowed(student, training=self.train_mode):
+        with borrowed(student, training=self.train_mode), borrowed(self.teacher):
             return pgd(both, batch.x, batch.y, loss=apart, **settings)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:

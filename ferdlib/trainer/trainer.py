@@ -235,14 +235,12 @@ class FERDTrainer:
         self.class_probabilities = self._probabilities.update(self.class_probabilities, x, y)
         return self.class_probabilities
 
+    @public
     def distill_step(self) -> Tensor:
         """Take one step of the student on a batch from the pool (Algorithm 1, lines 15 to 17).
 
         Returns:
-            The batch's mean loss, a detached scalar.
-
-        Raises:
-            RuntimeError: the pool is empty.
+            The batch's mean loss, a detached scalar; RuntimeError where the pool is empty.
         """
         # Each process holds other images, so the same numbers on all of them are a global batch.
         index = self.pool.draw(self._share, rng=self._rng)
@@ -362,7 +360,7 @@ class FERDTrainer:
         """Let the method learn from the epoch; a warm-up epoch is none of its own."""
         if self._validation is not None:
             pairs = (_checks.batch(validation=each) for each in self._validation)
-            batches = ((x.to(self.device), y.to(self.device)) for x, y in pairs)
+            batches = (tuple(each.to(self.device) for each in pair) for pair in pairs)
             with lent(self.student, self.teacher):
                 self.method.validate(self.student, batches)  # type: ignore[attr-defined]
         if hasattr(self.method, "sync"):
