@@ -68,7 +68,9 @@ class Records:
             return
         for name, value in values.items():
             before = found.get(name)
-            if before is None or _alike(name, torch.tensor(before, dtype=value.dtype, device="cpu"), value):
+            if before is None or _alike(
+                name, torch.tensor(before, dtype=value.dtype, device="cpu"), value
+            ):
                 continue
             wanted = {"logits": "model and data", "gradients": "model"}.get(name, name)
             came = name if name in ("logits", "gradients") else "results"
@@ -144,7 +146,7 @@ def _at(setting: Setting, protocol: Protocol, block: Block) -> Look:
     with torch.set_grad_enabled(wanted):
         logits = setting.logits(x, differentiable=wanted)
         # A combination of the logits whose gradient does not vanish where the model is certain.
-        total = (logits * torch.linspace(-1, 1, logits.shape[1]).to(logits)).sum()
+        total = (logits * torch.linspace(-1, 1, logits.shape[1], device="cpu").to(logits)).sum()
     found = {"logits": logits.detach()}
     if wanted:
         depends = total.requires_grad

@@ -304,9 +304,9 @@ def in_step(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
     while True:
         batch = next(batches, None)
         # Number of images, 0 at the end, and their sum, of each process.
-        found = torch.zeros(ranks.size, 2, dtype=torch.float64)
+        found = torch.zeros(ranks.size, 2, dtype=torch.float64, device="cpu")
         if batch is not None:
-            found[ranks.rank] = torch.tensor([len(batch[0]), float(batch[0].sum())])
+            found[ranks.rank, 0], found[ranks.rank, 1] = len(batch[0]), float(batch[0].sum())
         sizes, sums = ranks.total(found).unbind(dim=1)
         if len(sizes.unique()) > 1:
             came = f"{sizes.int().tolist()} of them"
