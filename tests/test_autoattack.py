@@ -13,7 +13,7 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from ferdlib.attacks import autoattack
-from ferdlib.attacks.autoattack import VERSIONS, _attacks
+from ferdlib.attacks.autoattack import VERSIONS, _attacks, _compiled, _Logits
 
 NEEDED = {"apgd-t": 4, "apgd-dlr": 3}  # the classes that these losses need
 
@@ -183,12 +183,43 @@ def test_no_empty_batch_is_asked_for():
     assert list(result.per_attack) == ["clean", *VERSIONS["standard"]]
 
 
+@pytest.mark.parametrize(
+    "layout", [lambda x: x.mT.contiguous().mT, lambda x: x.to(memory_format=torch.channels_last)]
+)
+def test_images_may_lie_in_memory_as_they_like(tiny_model, layout):
+    model, x = (
+        tiny_model(num_classes=3),
+        torch.rand(3, 2, 6, 5, generator=torch.Generator().manual_seed(0)),
+    )
+    given, arguments = layout(x), {"num_classes": 3, "eps": 0.9}
+    found = autoattack(model, given, model(x).argmax(1), **arguments).x_adv
+    assert found.stride() == given.stride() != x.stride()
+    assert torch.equal(found, autoattack(model, x, model(x).argmax(1), **arguments).x_adv)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile reads it
+def test_a_compiled_model_gives_a_gradient_for_each_class():
+    """Its backward runs once, while untargeted FAB wants one for each class of a forward."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    x = torch.rand(4, 1, 4, 4, requires_grad=True)
+    compiled = torch.compile(model, backend="aot_eager")
+    function = torch.compile(lambda x: model(x), backend="aot_eager")
+    for attacked in (model, compiled, lambda x: compiled(x), function):
+        logits, found = _Logits(attacked, x.dtype), []
+        logits.again = not _compiled(attacked)
+        assert logits.again == (attacked is model)
+        z = logits(x)
+        for k in range(3):
+            found += torch.autograd.grad(z[:, k].sum(), x, retain_graph=True)
+        expected = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x)
+        torch.testing.assert_close(torch.stack(found), expected)
+
+
 def settings(num_classes, version):
     images, found = torch.full((1, 1, 8, 8), 0.5), {}
     pinned = ("n_iter", "n_restarts", "n_target_classes", "n_queries", "eot_iter", "targeted")
-    for name, perturb in _attacks(
-        lambda x: torch.zeros(len(x), num_classes), images, num_classes, 0.1, version, 7
-    ):
+    logits = _Logits(lambda x: torch.zeros(len(x), num_classes), torch.float32)
+    for name, perturb in _attacks(logits, images, num_classes, 0.1, version, 7):
         attack = perturb.__self__
         assert (attack.eps, attack.seed, attack.norm) == (0.1, 7, "Linf")
         found[name] = {key: getattr(attack, key) for key in pinned if hasattr(attack, key)}
