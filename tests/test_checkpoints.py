@@ -1,10 +1,13 @@
 """Checkpoints with the names and shapes of the published files, and every way in which a file can be wrong."""
 
+import contextlib
 import os
+import pkgutil
 import re
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +101,11 @@ def prefixed(weights, prefix):
     return {prefix + key: value for key, value in weights.items()}
 
 
+def another(weights):
+    """Another network of the same names and shapes."""
+    return {key: value + 1 for key, value in weights.items()}
+
+
 def test_published_sizes():
     for shapes, published in (
         (wide_resnet_shapes(34, 10), 46_160_474),
@@ -147,12 +155,39 @@ def test_robustbench_takes_what_data_parallel_wrote(tmp_path):
         lambda w: {"student": {"state_dict": prefixed(w, "module.")}},
         lambda w: {"model": "wide_resnet_10_1", "net": w},
         lambda w: {"state_dict": None, "model": {"epoch": 3}, "student": w},
+        lambda w: prefixed(w, "module.module._orig_mod."),
+        lambda w: prefixed(w, "1."),  # Sequential(normalise, net)
+        lambda w: {"state_dict": prefixed(w, "student.")},  # as Lightning
+        lambda w: {"state_dict": prefixed(w, "net."), "optimizer_states": [{"state": {}}]},
+        lambda w: {"state_dict_ema": w, "epoch": 3},
+        lambda w: {"n_averaged": torch.tensor(3), **prefixed(w, "module.")},  # as AveragedModel
+        lambda w: {**w, "epoch": 3, "arch": "wrn"},
+        lambda w: {"params": prefixed(w, "backbone.wrn.")},
+        # Another network lies beside the one that is meant.
+        lambda w: {"state_dict_ema": another(w), "state_dict": w},  # as timm
+        lambda w: {"model_ema": prefixed(another(w), "module."), "model": w},  # as torchvision
+        lambda w: {"state_dict": prefixed(another(w), "teacher.") | prefixed(w, "student.")},
+        lambda w: {"state_dict": {"teacher.conv.weight": torch.ones(9)} | prefixed(w, "model.")},
+        lambda w: {"teacher": another(w), "network": w},
+        lambda w: {"best": w, "last": {k: v.clone() for k, v in w.items()}},
     ],
 )
 def test_wrappers_and_prefixes(tmp_path, wrap, sub_block1):
     weights = numbered(wide_resnet_shapes(10, 1, 3, sub_block1=sub_block1))
     model = load_checkpoint(save(tmp_path, wrap(weights)), **TINY)
     assert_landed(model, without(weights, "sub_block1"))
+
+
+def test_residual_network_without_weights_in_its_shortcuts(tmp_path):
+    weights = resnet_shapes(16, (9, 9, 9), shortcut="shortcut", linear="linear")  # as Fair-ARD's
+    path = save(tmp_path, {"net": prefixed(numbered(without(weights, "shortcut")), "module.")})
+    for architecture in ("resnet56", "resnet56_padding_shortcut"):
+        model = load_checkpoint(path, architecture=architecture, num_classes=10)
+        assert_landed(model, numbered(without(weights, "shortcut")), torchvision_names)
+    path = save(tmp_path, numbered(weights))
+    assert "unexpected: layer2.0.shortcut.0.weight" in refused(
+        path, architecture="resnet56_padding_shortcut", num_classes=10
+    )
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -276,6 +311,11 @@ def test_another_architecture_lists_what_is_missing_and_unexpected(tmp_path):
             "of another shape: fc.bias [(]2,[)] instead of [(]3,[)]",
         ),
         (
+            lambda w: w | {"fc.bias": torch.ones(3, dtype=int)},
+            "of another kind: fc.bias torch.Long",
+        ),
+        (lambda w: w | {"fc.bias": w["fc.bias"].to("meta")}, "of another kind: fc.bias torch.meta"),
+        (
             lambda w: without(w, "fc.") | {"module.fc.weight": w["fc.weight"]},
             "missing: fc.w.* unexp",
         ),
@@ -337,7 +377,32 @@ def test_code_in_a_file_is_not_executed(tmp_path, new, beside_weights):
 
 
 def test_a_pickled_module_is_not_loaded(tmp_path):
-    assert "objects that would need code" in refused(save(tmp_path, build_model(**TINY)))
+    message = refused(save(tmp_path, build_model(**TINY)))
+    assert "ferdlib.models.preact.WideResNet" in message
+    assert message.endswith("save the model's state_dict() where its code is")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_torchscript_program_is_not_loaded(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "file.pt")
+    assert "a TorchScript program; save the state_dict()" in refused(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("scalar", [np.float64(0.5), np.float32(0.5), np.int64(3)])
+def test_numpy_scalars_load_under_the_safe_globals_that_the_refusal_names(tmp_path, scalar, new):
+    weights = random_weights()
+    content = {"state_dict": weights, "best": scalar}
+    path, allowed = save(tmp_path, content, _use_new_zipfile_serialization=new), []
+    # An old file names one object at a time.
+    for _ in range(3):
+        with torch.serialization.safe_globals(allowed):
+            message = refused(path)
+        names = re.search(r"safe_globals[(]\[([\w., ]+)\][)]$", message)[1].split(", ")
+        allowed += [pkgutil.resolve_name(name) for name in names]
+        with torch.serialization.safe_globals(allowed), contextlib.suppress(ValueError):
+            return assert_landed(load_checkpoint(path, **TINY), weights)
+    pytest.fail(f"not loaded with {allowed}")
 
 
 def endless():
@@ -348,10 +413,23 @@ def endless():
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"epoch": 3}, {"state_dict": {}}, [1, 2], torch.zeros(3), {1: torch.zeros(3)}, endless()],
+    [
+        *({}, {"epoch": 3}, {"state_dict": {}}, [1, 2], torch.zeros(3), {1: torch.zeros(3)}),
+        {"optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}},
+        endless(),
+    ],
 )
 def test_a_file_without_a_state_dict(tmp_path, content):
-    assert "which holds none" in refused(save(tmp_path, content))
+    message = refused(save(tmp_path, content))
+    assert "which holds none" in message
+    assert not isinstance(content, dict) or all(str(key) in message for key in content)
+
+
+def test_several_networks_without_a_usual_name_are_refused(tmp_path):
+    weights = random_weights()
+    path = save(tmp_path, {"best": weights, "last": another(weights), "epoch": 3})
+    assert "hold one wide_resnet_10_1" in refused(path)
+    assert "with several, best, last; save" in refused(path)
 
 
 def test_what_the_file_says_of_itself_is_refused_in_its_name(tmp_path):

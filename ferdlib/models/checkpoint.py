@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
 from ferdlib._files import read_plain
+from ferdlib.models import weights
+from ferdlib.models.normalized import Normalized
 from ferdlib.models.registry import build_model
 
 # Architectures by the names under which RobustBench and TRADES publish their weights.
@@ -22,16 +26,24 @@ PUBLISHED = {
     "Zhang2019Theoretically": "wide_resnet_34_10",
     "model_cifar_wrn": "wide_resnet_34_10",
 }
-# Keys under which training scripts put the weights among other things.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "student")
-# Prefixes that DataParallel, an outer module and torch.compile put before every name.
-PREFIXES = ("module.", "model.", "_orig_mod.")
-# Names that differ between public implementations of one architecture.
-SYNONYMS = (("linear.", "fc."), ("shortcut.", "downsample."))
-# A copy of the first stage that TRADES' network has and its forward never runs.
-UNUSED = "sub_block1."
-# Names that an error lists before it counts the rest.
-MOST_LISTED = 6
+# Variants that other names tell apart: a file of one is the weights of the other as well.
+OTHER_NAMES = {"resnet56": "resnet56_padding_shortcut"}
+# Variants that no name and no shape tells apart.
+SAME_NAMES = {
+    "preact_resnet18": "preact_resnet18_input_shortcut",
+    "preact_resnet34": "preact_resnet34_input_shortcut",
+}
+
+LOG = logging.getLogger("ferdlib")
+TWO_EXIST = (
+    "%s: two public networks have the names and shapes of a %s; if the clean accuracy is lower than it should "
+    "be, the shortcuts take the input, as in Fast Adversarial Training's release: load it as %s"
+)
+FIRST_MODULE = (
+    "%s: the names begin with %r, so another module came first; if it normalised the images, wrap the model in "
+    "models.Normalized"
+)
+NAMED = re.compile(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>")
 
 
 @public
@@ -82,10 +94,14 @@ def load_checkpoint(
 ) -> nn.Module:
     """Load a model of a known architecture from a file with its weights.
 
-    The weights may lie under "state_dict", "model_state_dict", "model", "net" or "student", carry the
-    prefixes of DataParallel or torch.compile, and call the linear layer `linear` or `fc` and the
-    shortcuts `shortcut` or `downsample`. Nothing in the file is executed. A `Normalized` model's file
-    gives the model inside: wrap it again.
+    The weights may lie under any wrapper and prefix, and call the linear layer `linear` or `fc` and the
+    shortcuts `shortcut` or `downsample`. Of several networks that fit, the one under the most usual name is
+    loaded, such as "state_dict" before "state_dict_ema" and "student" before "teacher". Nothing in the file
+    is executed.
+
+    A mean and a standard deviation beside the weights (`mean` and `std`, or RobustBench's `mu` and `sigma`)
+    give a `Normalized` model. A `Normalized` model's own file does not hold them: wrap what comes again.
+    Names and shapes do not say everything. Where two public networks share them, a warning is logged.
 
     Args:
         path: the file.
@@ -95,7 +111,7 @@ def load_checkpoint(
             takes 3 if there is none.
 
     Returns:
-        The model in eval mode, on the CPU.
+        The model in eval mode, on the CPU, for images in [0, 1] if the file says how to normalise them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -128,31 +144,94 @@ def _load(
     num_classes = _entry(own, "num_classes", num_classes, int, file)
     in_channels = _entry({"in_channels": 3, **own}, "in_channels", in_channels, int, file)
     _check_sizes(architecture, num_classes, in_channels, file)
+    model, network = _fitted(content, architecture, num_classes, in_channels, file)
+    if network.problems and architecture in OTHER_NAMES:
+        other = _fitted(content, OTHER_NAMES[architecture], num_classes, in_channels, file)
+        model, network = (model, network) if other[1].problems else other
+    inside = None
+    if not network.problems:
+        inside = weights.normalisation(content, network, in_channels, str(file))
+    _check_fit(network, architecture, in_channels, file)
+    if architecture in SAME_NAMES and own.get("architecture") != architecture:
+        LOG.warning(TWO_EXIST, file, architecture, SAME_NAMES[architecture])
+    if inside is None and re.search(r"(^|\.)0*[1-9]\d*\.", network.prefix):
+        LOG.warning(FIRST_MODULE, file, network.prefix)
+    # Files of torch before 0.4.1 have no count of batches.
+    fresh = model.state_dict()
+    counts = {k: torch.zeros((), device="cpu") for k in fresh if k.endswith("num_batches_tracked")}
+    model.to_empty(device="cpu").load_state_dict(counts | network.weights)
+    return (model if inside is None else Normalized(model, *inside).cpu()).eval()
+
+
+def _fitted(
+    content: Any, architecture: str, num_classes: int, in_channels: int, file: Path
+) -> tuple[nn.Module, weights.Network]:
     # Without memory at first: a fresh model would draw numbers from the global generator, only to lose them.
     with torch.device("meta"):
         model = build_model(architecture, num_classes, in_channels=in_channels)
-    fresh = model.state_dict()
-    weights = _renamed(_weights(content, file), fresh)
-    _check_fit(weights, fresh, architecture, file)
-    # Files of torch before 0.4.1 have no count of batches.
-    counts = {k: torch.zeros((), device="cpu") for k in fresh if k.endswith("num_batches_tracked")}
-    model.to_empty(device="cpu").load_state_dict(counts | weights)
-    return model.eval()
+    own = model.state_dict()
+    return model, weights.find(content, own, architecture=architecture, file=str(file))
+
+
+def _check_fit(network: weights.Network, architecture: str, channels: int, file: Path) -> None:
+    left = [name.removeprefix(network.prefix) for name in network.rest]
+    unexpected = weights.listed({"unexpected": left})
+    problems = "; ".join(each for each in (network.problems, unexpected) if each)
+    if not problems:
+        return
+    # Few numbers beside a whole network most likely belong to a first layer.
+    small = left and all(value.numel() <= channels for value in network.rest.values())
+    remedy = (
+        "; if these normalise the images, save the network alone and wrap it in models.Normalized"
+    )
+    raise InvalidValue(
+        f"expected `path` to hold the weights of a {architecture}, got {str(file)!r} with other ones; "
+        f"{problems}{remedy if small and not network.problems else ''}"
+    )
 
 
 def _read(file: Path) -> Any:
     try:
         return read_plain(file)
     except Exception as error:  # torch's type of error depends on what is wrong with the file
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        # Torch names what it refuses as "GLOBAL a.b" or as "<class 'a.b'>", one at a time.
+        if isinstance(error, pickle.UnpicklingError) and (
+            named := [*map("".join, NAMED.findall(str(error)))]
+        ):
+            objects = _objects(file) or named[:1]
             raise InvalidValue(
-                f"expected `path` to hold weights only, got {str(file)!r}, which holds objects that would "
-                f"need code to be executed; it was not loaded"
+                f"expected `path` to hold weights only, got {str(file)!r}, which also holds objects that would "
+                f"need code to be executed ({weights.some(objects)}); it was not loaded; {_remedy(objects)}"
+            ) from error
+        if "TorchScript" in str(error):
+            raise InvalidValue(
+                f"expected `path` to hold weights only, got {str(file)!r}, a TorchScript program; save the "
+                f"state_dict() of what torch.jit.load makes of it"
             ) from error
         raise InvalidValue(
             f"expected `path` to be a file that torch.save wrote, got {str(file)!r}, which cannot be read; "
             f"is it complete?"
         ) from error
+
+
+def _objects(file: Path) -> list[str]:
+    """All objects that a file would run code for; none if it is no archive, or names them by no plain name."""
+    # Files of torch before 1.6 are no archives, and torch cannot list what they need.
+    if not zipfile.is_zipfile(file):
+        return []
+    needed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    objects = sorted(name for name in needed if re.fullmatch(r"[\w.]+", name))
+    # Allowed alone, a dtype is refused for its class, which the file does not name.
+    return objects + ["numpy.dtypes.Float64DType"] * ("numpy.dtype" in objects)
+
+
+def _remedy(objects: list[str]) -> str:
+    if any(name.startswith("torch.nn.modules.") for name in objects):
+        return "save the model's state_dict() where its code is"
+    return (
+        "save the weights alone or, if you trust the file, load it under "
+        f"torch.serialization.safe_globals([{', '.join(objects)}])"
+    )
 
 
 def _entry(content: Mapping[Any, Any], name: str, given: Any, kind: type, file: Path) -> Any:
@@ -174,69 +253,3 @@ def _check_sizes(architecture: Any, num_classes: Any, in_channels: Any, file: Pa
             f"expected `path` to hold all weights of a {architecture} for {num_classes} classes and {in_channels} "
             f"channels, got {str(file)!r} of {held} bytes"
         )
-
-
-def _weights(content: Any, file: Path) -> dict[str, Tensor]:
-    """Return the state dict without wrappers and without the prefixes that all names share."""
-    found = _state_dict(content)
-    if found is None:
-        raise InvalidValue(
-            f"expected `path` to hold a state dict, plain or under one of {', '.join(WRAPPERS)}, got "
-            f"{str(file)!r}, which holds none"
-        )
-    weights = dict(found)
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in weights)), None):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
-
-
-def _state_dict(content: Any, wrappers: int = 3) -> Mapping[str, Tensor] | None:
-    """Return the first mapping of names to tensors that lies under at most so many wrappers."""
-    if not isinstance(content, Mapping) or not content:
-        return None
-    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return content
-    # A mapping may hold itself, so the depth has an end.
-    if wrappers == 0:
-        return None
-    inside = (_state_dict(content[key], wrappers - 1) for key in WRAPPERS if key in content)
-    return next((found for found in inside if found is not None), None)
-
-
-def _renamed(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the file's weights under the model's own names."""
-    renamed = {}
-    for key, value in weights.items():
-        synonyms = [
-            key.replace(a, b) for pair in SYNONYMS for a, b in (pair, pair[::-1]) if a in key
-        ]
-        # If the file has both names, neither stands for the other: two answers to one question.
-        candidates = [key] + [name for name in synonyms if name not in weights]
-        name = next((each for each in candidates if each in own), key)
-        if name in own or not name.startswith(UNUSED):
-            renamed[name] = value
-    return renamed
-
-
-def _check_fit(
-    weights: dict[str, Tensor], own: dict[str, Tensor], architecture: str, file: Path
-) -> None:
-    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in weights if k not in own]
-    reshaped = [
-        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-    if listed:
-        raise InvalidValue(
-            f"expected `path` to hold the weights of a {architecture}, got {str(file)!r} with other ones; "
-            f"{listed}"
-        )
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")
