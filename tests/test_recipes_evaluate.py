@@ -308,6 +308,10 @@ def test_folders_of_images(tmp_path):
         (["--checkpoint", "five.pt"], r"for 10 classes.* got logits \(2, 5\)"),
         (["--checkpoint", "rgb.pt"], r"images \(2, 1, 8, 8\), got RuntimeError: .*channels"),
         (["--mean", 0.5], "expected --mean and --std together"),
+        (
+            ["--checkpoint", "normal.pt", "--mean", 0.5, "--std", 0.5],
+            "no --mean and --std, because the model normalises",
+        ),
         (["--mean", *[0.5] * 3, "--std", *[0.5] * 3], "got ValueError: .*3 channels"),
         (["--data", "MNISTT"], "--data to be one of .* torchvision.datasets, .* 'MNISTT'"),
         (["--data", "VOCDetection"], "expected VOCDetection under 'data'"),
@@ -338,6 +342,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "five.pt", num_classes=5)
     save_model(tmp_path / "rgb.pt", in_channels=3)
+    torch.save(torch.load("five.pt") | {"mean": [0.5], "std": [0.5]}, "normal.pt")
     before = set(tmp_path.rglob("*"))
     common = [*QUICK, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
     assert re.search(message, refused(*common, *words))

@@ -88,6 +88,12 @@ def normalized(
     """Wrap the model for images in [0, 1], if the options `--mean` and `--std` are given."""
     if (mean is None) != (std is None):
         raise ValueError(f"expected --{prefix}mean and --{prefix}std together, got one of them")
+    # A checkpoint with a mean and a standard deviation of its own comes with them.
+    if mean is not None and isinstance(model, Normalized):
+        raise ValueError(
+            f"expected no --{prefix}mean and --{prefix}std, because the model normalises its images itself, "
+            f"got {mean} and {std}"
+        )
     return model if mean is None or std is None else Normalized(model, mean, std)
 
 
