@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import os
 import subprocess
 import sys
@@ -52,13 +53,13 @@ def still(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_trainer(preset="paper", method=None, source=None, **changes):
+def make_trainer(preset="paper", method=None, source=None, seed=20, **changes):
     config = getattr(FERDConfig, preset)(**(TINY | changes))
     teacher, student, generator = make_double_models(config.conditional_generator)
     generator.image_dtype = torch.float64
     if method is not None:
         method = build_method(method, 3, teacher=teacher, steps=2, eps=0.1, step_size=0.05)
-    parts = {"method": method, "source": source, "seed": 20}
+    parts = {"method": method, "source": source, "seed": seed}
     return FERDTrainer(teacher, still(student), still(generator), config=config, **parts)
 
 
@@ -183,6 +184,44 @@ def test_the_oldest_images_give_way_whatever_the_number_of_processes():
         expected = [year for year in (newest - 2, newest - 1, newest) for _ in range(12)]
         shown = state["pool"]["columns"]["images"][:, 0, 0, 0] * 10
         assert sorted(shown.round().int().tolist()) == expected
+
+
+class Uneven(Years):
+    """Of as many images as the rank says, or the same ones everywhere."""
+
+    def __init__(self, count=None):
+        super().__init__()
+        self.count = count
+
+    def epoch(self, student, class_probabilities):
+        for x, y in super().epoch(student, class_probabilities):
+            count = len(y) if self.count is None else self.count
+            yield x[:count], y[:count]
+
+
+def sources_of_ones_own(rank, size):
+    settings = {"epochs": 1, "student_steps": 0, "reweighting": "none"}
+    with pytest.raises(ValueError, match=r"equally many images on every process, got \[1, 2\] of"):
+        make_trainer(source=Uneven(rank + 1), **settings).fit()
+    with pytest.raises(ValueError, match="the same `seed` on every process, got others on rank 1"):
+        make_trainer(source=Uneven(), seed=rank, **settings)
+    said = []
+    logging.getLogger("ferdlib").addHandler(handler := logging.Handler(logging.WARNING))
+    handler.emit = lambda record: said.append(record.getMessage())
+    trainer = make_trainer(source=Uneven(), **settings)
+    trainer.source.rng = torch.Generator().manual_seed(rank)
+    trainer.fit()
+    state = trainer.state_dict()
+    trainer.load_state_dict(state)
+    return {"said": said, "rng": trainer.source.rng.get_state(), "saved": state["rng"]["source"]}
+
+
+def test_sources_of_ones_own_are_kept_in_step_and_apart():
+    first, second = on_ranks(2, sources_of_ones_own)
+    for found in (first, second):
+        assert sum("the same images on several processes" in words for words in found["said"]) == 1
+    assert torch.equal(first["rng"], first["saved"])
+    assert not torch.equal(second["rng"], first["rng"])
 
 
 def state_of(rank, size, epochs, total):

@@ -15,10 +15,11 @@ from ferdlib.models import load_checkpoint, small_cnn
 ROOT = Path(__file__).parents[1]
 
 
-def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+def launch(processes: int, *arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a command on so many processes; on a plain one for 1."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}"
     return subprocess.run(
         [sys.executable, *(run if processes > 1 else []), "-m", "ferdlib", *arguments],
         cwd=ROOT,
@@ -74,6 +75,41 @@ def test_batches_that_cannot_be_shared(tmp_path):
     sentence = "ferdlib train: expected --batch-size to be a multiple of the 2 processes, got 15"
     assert sentence in result.stderr
     assert not (tmp_path / "a").exists()
+
+
+FACTORY = """
+import os
+import torch
+from ferdlib.models import small_cnn
+
+def mine():
+    torch.manual_seed(0)
+    model = small_cnn(1, 10, width=2)
+    if os.environ["RANK"] == "1":
+        {change}
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("model.fc.weight.data.add_(1)", "the same model on every process, got others on rank 1"),
+        (
+            "model.register_forward_hook(lambda m, i, z: z + z.new_tensor(torch.nan) * (len(z) > 2))",
+            "expected numbers as logits `model(x)`, got NaN",
+        ),
+    ],
+    ids=["compared", "found"],
+)
+def test_every_process_says_what_one_has_found(change, sentence, tmp_path):
+    (tmp_path / "nets.py").write_text(FACTORY.format(change=change))
+    words = ["--data", "digits", "--factory", "nets:mine", "--protocol", "quick"]
+    result = launch(2, "evaluate", *words, "--out", str(tmp_path / "out"), path=tmp_path)
+    assert result.returncode != 0
+    said = re.findall(rf"ferdlib evaluate: .*{re.escape(sentence)}.*", result.stderr)
+    assert len(said) == 2
+    assert "Traceback" not in result.stderr.partition("ChildFailedError")[0].partition(said[-1])[0]
 
 
 def test_evaluation_does_not_depend_on_the_number(tmp_path):
