@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import datetime
 import hashlib
-import inspect
 import os
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
@@ -128,10 +127,9 @@ class Ranks:
         if device.type == "cuda":
             devices, model = [device], nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Buffers are averaged once per epoch: a broadcast at each forward would write to what a backward reads.
-        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        settings: dict[str, Any] = {"device_ids": devices, option: False}
-        return nn.parallel.DistributedDataParallel(model, **settings)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, forward_sync_buffers=False
+        )
 
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:

@@ -147,17 +147,24 @@ def test_all_processes_say_what_one_has_found():
         ]
 
 
-def one_ends(rank, size, gives_a_reason):
+def one_ends(rank, size, gives_a_reason, call):
     if rank == 1:
-        return _meeting.reason_to_end("the disk is full") if gives_a_reason else _meeting._life
+        return _meeting.reason_to_end("the disk is full") if gives_a_reason else None
     if not gives_a_reason:
         _meeting.TIMEOUT, _meeting.BEAT = 1.0, 0.1
-    return sentence(gather, 0)
+    return sentence(gather, 0) if call == "gather" else _meeting.reason_to_end(sentence(summed))
+
+
+def summed():
+    torch.distributed.all_reduce(torch.ones(1))
 
 
 def test_whoever_waits_for_a_process_that_ends_hears_why():
-    assert on_ranks(2, one_ends, True) == ["rank 1: the disk is full", "the disk is full"]
-    assert on_ranks(2, one_ends, False) == ["rank 1: no sign of life for 0 minutes", None]
+    for call in ("gather", "a sum"):
+        heard = on_ranks(2, one_ends, True, call)
+        assert heard == ["rank 1: the disk is full", "the disk is full"]
+    heard = on_ranks(2, one_ends, False, "gather")
+    assert heard == ["rank 1: no sign of life for 0 minutes", None]
 
 
 def test_one_process_needs_no_group():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import re
 import struct
 import sys
@@ -134,6 +136,16 @@ def test_a_resumed_run_is_the_same_without_an_attack(finished, monkeypatch, tmp_
     assert {path: path.stat().st_mtime_ns for path in parts} == parts
     save_model(tmp_path / "other.pt", seed=1)
     assert "expected the model" in refused(*whole, "--checkpoint", tmp_path / "other.pt")
+
+
+def test_a_report_that_cannot_be_written_is_printed(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ferdlib.evaluation.report.write_file", full)
+    said = refused(*QUICK, "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    assert "RobustnessReport.save: expected to write '" in said
+    assert "20 samples of 10 classes, protocol quick" in capsys.readouterr().out
 
 
 def test_against_puts_both_side_by_side_and_tests_them(finished, tmp_path, checkpoint):

@@ -194,10 +194,6 @@ def report(
     if not Ranks.here().first:
         return
     out = args.run.out
-    with session.results():
-        write_model(trainer.student, out / "student.pt", architecture=args.student, **images.sizes)
-        for name, found in reports.items():
-            found.save(out / f"report-{name}.json")
     comparison = compare(reports)
     print(f"\n{comparison}\n\n{comparison.test('student', 'teacher', 'PGD-20')}\n")
     print(f"The student, {args.preset}:\n{reports['student']}\n")
@@ -206,6 +202,9 @@ def report(
         "synthetic": synthetic(trainer, images.class_names[:10]),
     }
     with session.results():
+        write_model(trainer.student, out / "student.pt", architecture=args.student, **images.sizes)
+        for name, found in reports.items():
+            found.save(out / f"report-{name}.json")
         drawn = save_figures(out, figures)
     names = ["student.pt", *(f"report-{name}.json" for name in reports), *drawn]
     print(f"{args.preset}, seed {args.run.seed}; {written(out, *names)}")

@@ -163,8 +163,13 @@ def measured(work: Work, args: Evaluate) -> tuple[RobustnessReport, Sweep]:
 
     report = at(work.protocol, "report", args.attacks.trust)
     if ranks.first:
-        args.out.mkdir(parents=True, exist_ok=True)
-        report.save(args.out / "report.json")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            report.save(args.out / "report.json")
+        except OSError:
+            # The work of hours is not lost with the file.
+            print(f"\n{report}\n")
+            raise
     sweep = {0.0: report["clean"]} if work.sweep else {}
     for eps, protocol in work.sweep.items():
         if ranks.first:

@@ -55,13 +55,13 @@ def run(args: Train) -> None:
     report = measure(training.student, tested, attacks, names, progress=first)
     if not first:
         return
+    kept = f"epoch {training.best['epoch']} of {args.sgd.epochs}"
+    title = f"{name_of(args)}, {args.objective.preset}, {args.models.student}, {kept}"
+    print(f"\n{title}:\n{report}\n")
     with session.results():
         report.save(out / "report.json")
         drawn = save_figures(out, {"classwise": classwise(report)})
     session.clear()
-    kept = f"epoch {training.best['epoch']} of {args.sgd.epochs}"
-    title = f"{name_of(args)}, {args.objective.preset}, {args.models.student}, {kept}"
-    print(f"\n{title}:\n{report}\n")
     models = ["student.pt", *(f"{name}.pt" for name in untrained)]
     print(written(out, *models, "report.json", *drawn))
     shown = {"checkpoint": out / "student.pt", "data": args.images.data, "root": args.images.root}
