@@ -7,7 +7,7 @@ raise TypeError for other types and dtypes, ValueError for other shapes, names a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidType, InvalidValue, public
 from ferdlib._modes import borrowed
 from ferdlib.losses import _kernels
+from ferdlib.models.tracing import NotCopyable, trace
 
 __all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
 
@@ -30,9 +31,10 @@ VARIANCE_GUARD = 1e-10
 def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
     """Cut a model behind one of its layers: `head(features(x)) == model(x)`.
 
-    Both parts share the model's submodules, and so follow its weights, device and train/eval flags.
-    `head` leaves its input alone, also where an in-place activation follows the cut. The model is traced
-    in eval mode. For one that `torch.fx` cannot trace, pass your own pair of callables instead.
+    Both parts share the model's submodules, and so follow its weights, device and train/eval flags; plain
+    numbers that its forward reads stay those of the cut. `head` leaves its input alone, also where an in-place
+    activation follows. The model is traced in eval mode, its hooks and wrappers included. For one that
+    `torch.fx` cannot trace, pass your own pair of callables instead.
 
     Args:
         model: module that torch.fx can trace.
@@ -60,35 +62,20 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
         came = f"{layer_name!r}; there are {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
         raise InvalidValue(f"expected `layer_name` of the model, got {came}")
     try:
-        # In eval mode, because what a functional dropout reads from `training` is traced as a constant.
-        with borrowed(model, freeze=False):
-            graph = _Tracer(layer_name).trace(model)
-    except Exception as error:
-        came = f"{type(model).__name__}: {error}; pass your own (features, head) pair"
-        raise InvalidValue(f"expected `model` to be traceable by torch.fx, got {came}") from error
+        graph, attributes = trace(model, whole=layer_name)
+    except NotCopyable as error:
+        came = f"a {type(model).__name__} with {error}; pass your own (features, head) pair"
+        wanted = "`model` to be traceable by torch.fx"
+        raise InvalidValue(f"expected {wanted}, got {came}") from error.__cause__
     cuts = [n for n in graph.nodes if n.op == "call_module" and n.target == layer_name]
     if len(cuts) != 1:
         wanted = f"{layer_name!r} to run once in a forward"
         raise InvalidValue(f"expected `layer_name` {wanted}, got {len(cuts)}")
-    return _cut(model, graph, cuts[0])
+    front, back = _cut(graph, cuts[0])
+    return _module(model, attributes, front), _module(model, attributes, back)
 
 
-class _Tracer(fx.Tracer):
-    """Tracer through user modules that keeps the layer of the cut whole, even if it is a container."""
-
-    # Otherwise a number that a forward computes from a buffer becomes a constant.
-    proxy_buffer_attributes = True
-
-    def __init__(self, layer_name: str) -> None:
-        super().__init__()
-        self._layer_name = layer_name
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = module_qualified_name == self._layer_name
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def _cut(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> tuple[nn.Module, nn.Module]:
+def _cut(graph: fx.Graph, cut: fx.Node) -> tuple[fx.Graph, fx.Graph]:
     """Copy the nodes up to the cut into one graph, and those behind it into another."""
     front, back = fx.Graph(), fx.Graph()
     part, copies, layer = front, dict[fx.Node, fx.Node](), cut.target
@@ -106,12 +93,12 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> tuple[nn.Module, nn
             # The head works on a copy of its input, so in-place activations leave that alone.
             entry = back.placeholder("features")
             part, copies = back, {cut: back.call_method("clone", (entry,))}
-    return _module(model, front), _module(model, back)
+    return front, back
 
 
-def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def _module(model: nn.Module, attributes: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """Make a module of the graph that shares the model's submodules, parameters and buffers."""
-    part = fx.GraphModule(model, graph)
+    part = fx.GraphModule(attributes, graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             owner = node.target.rpartition(".")[0]
@@ -263,7 +250,7 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
         >>> nonrobust_logits(z, lambda z: z.sum(dim=(2, 3)), mask)
         tensor([[4., 0.]])
     """
-    _checks.images(features=features)
+    _check_map(features)
     _checks.callable_(head=head)
     _checks.tensor(mask=mask)
     if mask.dtype != torch.bool:
@@ -273,9 +260,18 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
     return head(features * mask[..., None, None])
 
 
+def _check_map(features: Tensor) -> None:
+    if isinstance(features, Tensor) and features.ndim == 3:
+        came = (
+            f"{tuple(features.shape)}; tokens (N, L, D) are `features.transpose(1, 2)[..., None]`"
+        )
+        raise InvalidValue(f"expected `features` of shape (N, C, H, W), got {came}")
+    _checks.images(features=features)
+
+
 def _feature_map(features: Tensor) -> Tensor:
     """Checked features in float32 or wider."""
-    _checks.images(features=features)
+    _check_map(features)
     # Eq. 5 and 6 take the variance over positions.
     if not len(features) or features[0, 0].numel() < 2:
         came = f"{tuple(features.shape)}; cut at an earlier layer"

@@ -42,7 +42,32 @@ class OwnTensors(nn.Module):
         return (z - self.offset * torch.tensor(0.5)).mean(dim=(2, 3))
 
 
+def called():
+    """A model of which torch.fx, left alone, sees a part: hooks and a forward of the instance are missing."""
+    model = in_place()
+    model.register_forward_pre_hook(lambda module, args: (4 * args[0] - 2,))
+    model.register_forward_hook(lambda module, args, z: 2 * z)
+    plain = model.forward
+    model.forward = lambda x: plain(x) + 1
+    return model
+
+
+class Optional(nn.Module):
+    """An argument that nobody gives, and what a forward leaves behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(3, 4, 3), []
+
+    def forward(self, x, scale=None):
+        z = self.last = self.conv(x)
+        self.kept.append(z)
+        return (z if scale is None else z * scale).mean((2, 3)) * torch.tensor(0.5)
+
+
 CUTS = [
+    (called, "2"),
+    (Optional, "conv"),
     *((lambda: small_cnn(3, 4, width=3), f"layer{i}") for i in (1, 2, 3, 4)),
     (lambda: small_cnn(3, 4, width=3), "layer2.0"),  # inside a container
     (lambda: small_cnn(3, 4, width=3), "layer3.1"),
@@ -127,6 +152,19 @@ def test_parts_follow_dtype_values_and_device_of_tensors_without_a_layer(make):
     assert head(features(x.to("meta"))).device.type == "meta"
 
 
+def test_the_model_is_left_as_it_was():
+    model = Optional()
+    before = {k: v for k, v in vars(model).items() if k != "kept"}
+    split_at(model, "conv")
+    assert model.kept == []
+    assert {k: v for k, v in vars(model).items() if k != "kept"} == before
+
+
+class Noisy(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x + torch.rand(1))
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -156,6 +194,7 @@ class Branching(nn.Module):
         (Residual(), "spare", ValueError, "`layer_name` 'spare' to run once in a forward, got 0"),
         (resnet18(), "layer2.1.conv1", ValueError, "`layer_name` .*connection from .* around it"),
         (Branching(), "conv", ValueError, "`model` to be traceable .*Branching.*own .* pair"),
+        (Noisy(nn.Flatten()), "0", ValueError, "a Noisy with random numbers .*own .* pair"),
     ],
 )
 def test_split_at_errors(model, layer, kind, message):
