@@ -101,8 +101,10 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name == self._whole:
             return True
-        # A forward of one instance may belong to another object, which a copy of the layer would share.
-        inside = m is self._model or "forward" in vars(m)
+        # What belongs to another module, a copy of the layer would share with it or copy along.
+        hooks = (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        borrows = any(isinstance(getattr(hook, "__self__", None), nn.Module) for hook in hooks)
+        inside = m is self._model or borrows or "forward" in vars(m)
         return not inside and super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
