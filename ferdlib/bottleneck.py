@@ -262,10 +262,9 @@ def nonrobust_logits(features: Tensor, head: Part, mask: Tensor) -> Tensor:
 
 def _check_map(features: Tensor) -> None:
     if isinstance(features, Tensor) and features.ndim == 3:
-        came = (
-            f"{tuple(features.shape)}; tokens (N, L, D) are `features.transpose(1, 2)[..., None]`"
-        )
-        raise InvalidValue(f"expected `features` of shape (N, C, H, W), got {came}")
+        came = f"expected `features` of shape (N, C, H, W), got {tuple(features.shape)}"
+        remedy = "pass tokens (N, L, D) as `features.transpose(1, 2)[..., None]`"
+        raise InvalidValue(f"{came}; {remedy}, one map as `features[None]`")
     _checks.images(features=features)
 
 

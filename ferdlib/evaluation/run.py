@@ -6,13 +6,13 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from ferdlib.evaluation.report import RobustnessReport
 from ferdlib.evaluation.resume import Records, look
 from ferdlib.evaluation.samples import Block, Samples, device_of
 from ferdlib.evaluation.trust import FewOfEach, trust_checks
-from ferdlib.models import freeze_for_attack
+from ferdlib.models import FrozenModel
+from ferdlib.models.freeze import compare as compare_copy
 
 
 @public
@@ -82,8 +83,8 @@ def evaluate(
         early_stop: leave a sample out of an attack with `judge="any"` once it is misclassified. The report is the
             same (rounding aside), for fewer passes.
         fast: attack, and judge by, the copy that `models.freeze_for_attack` makes of the model. Its logits are the
-            model's but for rounding, so single samples may fall that would not, or the other way round. The trust
-            checks look at the model itself.
+            model's but for rounding, so single samples may fall that would not, or the other way round. They are
+            compared on the first samples. The trust checks look at the model itself.
         device: of the samples; None takes that of the model's first parameter.
         resume: a folder that keeps each finished attack and block. The same call continues from it; another model
             or attack is refused, which outputs and gradients at the first samples tell.
@@ -132,15 +133,12 @@ def evaluate(
     if sizes and (low, high) != (0.0, 1.0):
         raise InvalidValue(f"expected `bounds` (0, 1) for AutoAttack, got ({low:g}, {high:g})")
     size = sizes.pop() if sizes else samples.batch_size
-    judged = model
+    judged: Any = model
     if fast:
-        try:
-            with torch.inference_mode(False):
-                judged = freeze_for_attack(model)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            kind = InvalidType if isinstance(error, TypeError) else InvalidValue
-            wanted = "a `model` that can be copied for `fast`"
-            raise kind(f"expected {wanted}, got {error}") from error
+        if not isinstance(model, nn.Module):
+            raise InvalidType(f"expected a `model` that can be copied for `fast`, got {got(model)}")
+        with torch.inference_mode(False), _copying():
+            judged = FrozenModel(model)
     setting = Setting(
         model=judged,
         num_classes=num_classes,
@@ -171,6 +169,9 @@ def evaluate(
         for block in samples.blocks(size):
             _checks.images((low, high), data=block.x)
             _check_covered(groups, block.index)
+            if fast and not run.blocks:
+                with _copying():
+                    compare_copy(judged, cast(nn.Module, model), block.x.to(where))
             bar.add(block, run.block(block, bar))
             if trust:
                 few.add(block)
@@ -309,6 +310,16 @@ def _manifest(
             "fingerprint": fingerprint,
         },
     }
+
+
+@contextmanager
+def _copying() -> Iterator[None]:
+    """Say of a model that has no copy what can be done."""
+    try:
+        yield
+    except InvalidValue as error:
+        wanted = "a `model` that can be copied for `fast`"
+        raise InvalidValue(f"expected {wanted}, got {error}; leave `fast` out") from error.__cause__
 
 
 def _names(argument: str, names: Sequence[str] | None, count: int) -> tuple[str, ...]:

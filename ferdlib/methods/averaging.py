@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
+from ferdlib.models.freeze import copied
 
 
 class FairAverage:
@@ -43,7 +44,8 @@ class FairAverage:
         _checks.module(model=model)
         _checks.real(0, 1, decay=decay, threshold=threshold)
         self.decay, self.threshold = decay, threshold
-        self._average = AveragedModel(model, avg_fn=self._mixed, use_buffers=True)
+        # A copy of a copy: torch's own cannot take weights that a hook makes.
+        self._average = AveragedModel(copied(model), avg_fn=self._mixed, use_buffers=True)
         self.module.eval().requires_grad_(False)
 
     @property

@@ -13,7 +13,7 @@ def head(z):
 
 # Features are any numbers at several positions, of which the spatial variance is taken.
 few = any_of(ValueError, "", X[:, :, :1, :1], X[:0])
-few += [(X.flatten(2).transpose(1, 2), ValueError, r"tokens \(N, L, D\) are")]
+few += [(X.flatten(2).transpose(1, 2), ValueError, "tokens (N, L, D) as")]
 good(bottleneck.split_at, model=t.MODEL, layer_name="3")
 each(bottleneck.split_at, layer_name=[*t.STRING, ("layer9", ValueError, "")])
 good(bottleneck.noise_scale, features=X, head=head, targets=Y, rng=t.seeded())
