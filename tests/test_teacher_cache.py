@@ -31,14 +31,10 @@ def student_losses(trainer):
     found, passed, plain = [], [], trainer.distill_step
 
     def watched():
-        networks = {id(m): m for m in (trainer.teacher, trainer._fast_teacher)}.values()
-        hooks = [
-            m.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
-            for m in networks
-        ]
+        asked = trainer.method.teacher
+        hook = asked.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
         found.append(plain())
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         return found[-1]
 
     trainer.distill_step = watched
@@ -133,7 +129,7 @@ def test_the_fast_copies_follow():
     assert torch.allclose(trainer._fast_teacher(x), other.eval()(x), atol=1e-5)
     method = trainer.method
     method.attack(trainer.student, x, torch.zeros(4, dtype=torch.int64))
-    attacked = method._copy
+    attacked = method._student.copy
     assert isinstance(attacked, FrozenModel)
     assert len(attacked.folded) == 4
     assert torch.allclose(attacked(x), trainer.student.eval()(x), atol=1e-5)
@@ -150,5 +146,5 @@ def test_a_student_that_cannot_be_traced_is_attacked_itself(caplog):
     trainer = FERDTrainer(teacher, student, config=config)
     with caplog.at_level("INFO", logger="ferdlib"):
         trainer.fit()
-    assert trainer.method._copy is student
+    assert trainer.method._student.copy is None
     assert caplog.text.count("it is attacked as it is") == 1

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import ferdlib
 from ferdlib import _checks, losses, reweight
 from ferdlib._checks import InvalidType, InvalidValue, got
-from ferdlib._modes import ask, borrowed, lent
+from ferdlib._modes import lent
 from ferdlib.augment import Crops
-from ferdlib.bottleneck import split_at
 from ferdlib.checkpoints import digest
 from ferdlib.distributed import Ranks, check_same
 from ferdlib.methods import FERDDistillation, Method
@@ -27,6 +26,7 @@ from ferdlib.synthesis import Generator, ImagePool, Inversion, Source
 from ferdlib.synthesis.inversion import Batch, OptimizerFactory
 from ferdlib.trainer.class_probabilities import Rule
 from ferdlib.trainer.config import FERDConfig
+from ferdlib.trainer.teacher import Split, parts
 
 LOG = logging.getLogger("ferdlib")
 
@@ -48,6 +48,7 @@ def shared_settings(config: FERDConfig, kind: type) -> dict[str, Any]:
 def inversion(
     config: FERDConfig,
     teacher: nn.Module,
+    split: Split | None,
     generator: nn.Module,
     optimizer: OptimizerFactory,
     rng: torch.Generator,
@@ -55,9 +56,7 @@ def inversion(
     ranks: Ranks,
 ) -> Inversion:
     """Build FERD's source; `rng` is in the same state on all processes, `own` is each one's."""
-    if config.layer is None:
-        raise InvalidValue("expected `config.layer` for FERD's source, got None")
-    features, head = split_at(teacher, config.layer)
+    features, head = parts(config, teacher, split)
     # Two names mean a choice in the config and what carries it out in the source.
     settings = shared_settings(config, Inversion) | {
         "augment": augmentation(config, rng, ranks) if config.augment_synthesis else None,
@@ -262,28 +261,6 @@ def examples(x_adv: Any, x: Tensor) -> Tensor:
             f"expected `attack` to return images of shape {tuple(x.shape)}, got {got(x_adv)}"
         )
     return x_adv.detach().to(x)
-
-
-def check_logits(
-    teacher: nn.Module, student: nn.Module, config: FERDConfig, device: torch.device
-) -> None:
-    """Refuse models whose logits do not fit the config."""
-    image = torch.zeros(1, *config.image_shape, dtype=torch.float32, device=device)
-    with torch.no_grad(), borrowed(teacher, student):
-        for name, model in (("teacher", teacher), ("student", student)):
-            try:
-                logits = ask(model, image)
-            except RuntimeError as error:
-                wanted = f"`{name}` to take float32 images of shape {config.image_shape}"
-                came = (
-                    f"{' '.join(str(error).split())}; call {name}.float() if it is of another dtype"
-                )
-                raise InvalidValue(f"expected {wanted}, got {came}") from error
-            if not isinstance(logits, Tensor) or logits.shape != (1, config.num_classes):
-                raise InvalidValue(
-                    f"expected `{name}` to return logits of shape (N, {config.num_classes}), got "
-                    f"{got(logits)} for one image"
-                )
 
 
 def check_one_run(

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, public
 from ferdlib._modes import borrowed, lent
+from ferdlib.bottleneck import Part
 from ferdlib.distributed import Ranks
 from ferdlib.methods import Method
 from ferdlib.methods.protocol import teacher_logits
-from ferdlib.models.freeze import FrozenModel, fast_copy
+from ferdlib.models.stand_in import StandIn
 from ferdlib.synthesis import Source
 from ferdlib.synthesis.health import NonFiniteError
 from ferdlib.synthesis.inversion import Batch, OptimizerFactory, adam
@@ -33,6 +34,7 @@ from ferdlib.trainer.monitor import (
     end_run,
     image_stats,
 )
+from ferdlib.trainer.teacher import check_fit
 
 LOG = logging.getLogger("ferdlib")
 
@@ -64,6 +66,7 @@ class FERDTrainer:
         reweight: class means of the margin `(K,)` to class probabilities `(K,)`, instead of the config's rule.
         student_optimizer: makes the student's optimizer from its parameters, instead of the config's SGD.
         generator_optimizer: makes the generator's from parameter groups at every epoch, instead of Adam.
+        split: the teacher's `(features, head)`, for one that torch.fx cannot cut at `config.layer`.
         seed: of all randomness, >= 0.
         diagnostics: folder for a JSON file with the figures of a run that stops at NaN or infinity.
         device: where the models are moved; None leaves them where the student is.
@@ -76,8 +79,8 @@ class FERDTrainer:
     Raises:
         TypeError: models that are not modules, or a config of another type.
         ValueError: a teacher that is the student or shares weights with it, models whose logits do not
-            fit the config, a layer that cannot be cut, `validation` for a method that does not use it or none
-            for one that does, `margin_images="last"` with a source that has no `last_images`.
+            fit the config, a layer that cannot be cut, no BatchNorm for L_bn, `validation` for a method that
+            does not use it or none for one that does, `margin_images="last"` without `last_images`.
 
     Example:
         >>> from ferdlib.models import small_cnn
@@ -104,14 +107,15 @@ class FERDTrainer:
         reweight: Rule | None = None,
         student_optimizer: StudentOptimizer | None = None,
         generator_optimizer: OptimizerFactory | None = None,
+        split: tuple[Part, Part] | None = None,
         seed: int = 0,
         diagnostics: str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         build.check_models(teacher, student, config)
         build.check_parts(generator=generator, source=source, method=method)
-        build.check_functions(attack=attack, reweight=reweight, student_optimizer=student_optimizer)
-        build.check_functions(generator_optimizer=generator_optimizer)
+        functions = {"attack": attack, "reweight": reweight, "student_optimizer": student_optimizer}
+        build.check_functions(**functions, generator_optimizer=generator_optimizer)
         _checks.integer(0, seed=seed)
         self._diagnostics = (
             None if diagnostics is None else _checks.path("diagnostics", diagnostics)
@@ -132,15 +136,15 @@ class FERDTrainer:
         self.config, self.epoch = config, 0
         self.teacher, self.student = teacher.to(self.device), student.to(self.device)
         # Wherever only the teacher's logits count, a copy with BatchNorm folded gives them faster.
-        self._fast_teacher = fast_copy(teacher) if config.fold_batchnorm else teacher
+        self._fast_teacher = StandIn(teacher, fast=config.fold_batchnorm)
         self._parallel = self._ranks.parallel(student)
 
         if source is None:
-            build.check_logits(teacher, student, config, self.device)
+            check_fit(teacher, student, config, self.device)
             generator = generator or build.fresh_generator(config, self.device, self._rng)
-            generator, optimizer = generator.to(self.device), generator_optimizer or adam
-            rngs = self._rng, self._own_rng
-            source = build.inversion(config, teacher, generator, optimizer, *rngs, self._ranks)
+            generator, rngs = generator.to(self.device), (self._rng, self._own_rng)
+            made_of = config, teacher, split, generator, generator_optimizer or adam
+            source = build.inversion(*made_of, *rngs, self._ranks)
         self.generator = generator
         self.source: Source = source
         self.pool = build.pool(config, self._ranks)
@@ -151,13 +155,10 @@ class FERDTrainer:
         self._within = False
 
         self.class_probabilities = build.uniform(config)
-        self._probabilities = ClassProbabilities(
-            config, reweight or build.rule(config), self._fast_teacher, self._rng, self._ranks
-        )
+        rule, fast = reweight or build.rule(config), self._fast_teacher
+        self._probabilities = ClassProbabilities(config, rule, fast, self._rng, self._ranks)
 
-        self.method: Method = method or build.distillation(
-            config, self._fast_teacher, self._own_rng
-        )
+        self.method: Method = method or build.distillation(config, fast, self._own_rng)
         self._attack, self._validation = attack, validation
         self._augment = build.augmentation(config, self._rng, self._ranks)
         trained = [p for p in student.parameters() if p.requires_grad]
@@ -318,8 +319,7 @@ class FERDTrainer:
 
     def _source_epoch(self) -> Iterator[Batch]:
         """Begin an epoch of the source; the teacher's owner may have loaded weights since the last one."""
-        if isinstance(self._fast_teacher, FrozenModel):
-            self._fast_teacher.follow(self.teacher)
+        self._fast_teacher.follow(compare=True)
         made = self.source.epoch(self.student, self.class_probabilities)
         batches = build.lending(made, self.student, self.teacher)
         return batches if self._ranks.size == 1 else build.in_step(batches, self._ranks)
@@ -327,6 +327,8 @@ class FERDTrainer:
     def _store(self, batch: Batch) -> Batch:
         """Append a batch to the pool, with what is computed once per image."""
         x, y = batch
+        # Compared outside of any attack, which the host does not interrupt.
+        self._fast_teacher.at(x)
         columns = {}
         # Of the images as they will come back: rounding to uint8 changes logits.
         with build.precision(self.config, self.device):

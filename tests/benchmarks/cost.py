@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ferdlib.models import build_model
+from ferdlib.models.likeness import PROBE
 from ferdlib.synthesis import Generator
 from ferdlib.trainer import FERDConfig, FERDTrainer
 
@@ -77,10 +78,12 @@ def counted(config: FERDConfig) -> tuple[dict[str, float], dict[str, float]]:
     on_teacher = config.attack_model == "teacher" and config.augment == "none"
     kept = t * (1 + attack) if on_teacher else 0.0  # once, when the batch is stored
     step = 6 * s if on_teacher else 6 * s + attack * s + t
+    # Models and their copies run forward and backward, once.
+    compared = 4 * PROBE / config.batch_size
     predicted = {
-        PARTS["synthesize"]: config.generator_steps * (2 * t + 2 * s + 3 * g) + kept,
+        PARTS["synthesize"]: config.generator_steps * (2 * t + 2 * s + 3 * g) + kept + compared * t,
         PARTS["update_class_probabilities"]: (2 * config.margin_attack_steps + 1) * t,
-        PARTS["distill_step"]: config.student_steps * step,
+        PARTS["distill_step"]: config.student_steps * step + (0 if on_teacher else compared * s),
     }
     return measured, predicted
 
