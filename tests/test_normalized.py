@@ -1,5 +1,6 @@
 """Normalisation inside the model: the formula, what it leaves alone, and eps in pixels."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -64,3 +65,13 @@ def test_eps_stays_in_pixel_units():
     assert change.amax(dim=(1, 2, 3)).min() > 0.05
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of TorchScript's end
+def test_torchscript_reads_it_and_its_frozen_form_is_attacked():
+    model, x = Normalized(small_cnn(1, 3, width=4), [0.5], [0.2]).eval(), torch.rand(2, 1, 8, 8)
+    scripted = torch.jit.freeze(torch.jit.script(model))
+    assert torch.allclose(scripted(x), model(x), atol=1e-6)
+    settings = {"targets": torch.tensor([0, 1]), "steps": 2, "random_start": None}
+    expected = pgd(model, x, **settings)
+    torch.testing.assert_close(pgd(scripted, x, **settings), expected, rtol=0, atol=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,8 +37,11 @@ class Normalized(nn.Module):
         tensor([[2., 2.]])
     """
 
-    mean: Tensor
-    std: Tensor
+    # TorchScript reads neither text that stands for a class nor a property that asks for attributes.
+    if TYPE_CHECKING:
+        mean: Tensor
+        std: Tensor
+    __jit_unused_properties__ = ("feature_layers",)
 
     @public
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -86,6 +89,6 @@ def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     # Without the check one channel would become three.
     if x.shape[1] != len(mean):
         raise ValueError(
-            f"Normalized: expected `x` with {len(mean)} channels, as many as `mean`, got {tuple(x.shape)}"
+            f"Normalized: expected `x` with {len(mean)} channels, as many as `mean`, got {list(x.shape)}"
         )
     return (x - mean) / std
