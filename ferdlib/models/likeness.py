@@ -82,7 +82,8 @@ def _answers(network: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, lis
     images = images.clone().requires_grad_()
     kind = images.device.type
     with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
-        leaves, structure = pytree.tree_flatten(network(images))
+        # A copy, because a forward may write to its input.
+        leaves, structure = pytree.tree_flatten(network(images.clone()))
     tensors = [each for each in leaves if isinstance(each, Tensor)]
     others = [each for each in leaves if not isinstance(each, Tensor)]
     weighted = [
