@@ -17,11 +17,11 @@ class StandIn(nn.Module):
     Decided on the first images, and again on the first after `due` was set; one log line says why not.
     """
 
-    def __init__(self, model: nn.Module, *, fast: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.copy: FrozenModel | None = None
-        self.due, self._given_up, self._remade = True, not fast, False
+        self.due, self._given_up, self._remade = True, False, False
 
     def forward(self, x: Tensor) -> Any:
         return self.at(x)(x)

@@ -136,7 +136,7 @@ class FERDTrainer:
         self.config, self.epoch = config, 0
         self.teacher, self.student = teacher.to(self.device), student.to(self.device)
         # Wherever only the teacher's logits count, a copy with BatchNorm folded gives them faster.
-        self._fast_teacher = StandIn(teacher, fast=config.fold_batchnorm)
+        self._fast_teacher = StandIn(teacher) if config.fold_batchnorm else teacher
         self._parallel = self._ranks.parallel(student)
 
         if source is None:
@@ -319,7 +319,8 @@ class FERDTrainer:
 
     def _source_epoch(self) -> Iterator[Batch]:
         """Begin an epoch of the source; the teacher's owner may have loaded weights since the last one."""
-        self._fast_teacher.follow(compare=True)
+        if isinstance(self._fast_teacher, StandIn):
+            self._fast_teacher.follow(compare=True)
         made = self.source.epoch(self.student, self.class_probabilities)
         batches = build.lending(made, self.student, self.teacher)
         return batches if self._ranks.size == 1 else build.in_step(batches, self._ranks)
@@ -328,7 +329,8 @@ class FERDTrainer:
         """Append a batch to the pool, with what is computed once per image."""
         x, y = batch
         # Compared outside of any attack, which the host does not interrupt.
-        self._fast_teacher.at(x)
+        if isinstance(self._fast_teacher, StandIn):
+            self._fast_teacher.at(x)
         columns = {}
         # Of the images as they will come back: rounding to uint8 changes logits.
         with build.precision(self.config, self.device):
