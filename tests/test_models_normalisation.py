@@ -1,7 +1,5 @@
 """Checkpoints that say less than a model needs: their normalisation, and which of two functions they are."""
 
-import logging
-
 import pytest
 import torch
 
@@ -118,7 +116,6 @@ def test_a_first_module_without_weights_gets_a_word(tmp_path, network, caplog):
 
 @pytest.mark.parametrize("name", ["preact_resnet18", "preact_resnet34"])
 def test_two_functions_with_the_same_names_get_a_word(tmp_path, name, caplog):
-    caplog.set_level(logging.INFO, logger="ferdlib")
     content = build_model(name, 3).state_dict()
     loaded(tmp_path, content, architecture=name)
     (message,) = words(caplog)
@@ -128,3 +125,28 @@ def test_two_functions_with_the_same_names_get_a_word(tmp_path, name, caplog):
     loaded(tmp_path, content, architecture=f"{name}_input_shortcut")
     loaded(tmp_path, {"architecture": name, "state_dict": content}, architecture=None)
     assert words(caplog) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("true", ["preact_resnet18", "preact_resnet18_input_shortcut"])
+def test_batchnorm_statistics_tell_the_two_functions_apart(tmp_path, true, dtype, caplog):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build_model(true, 3)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.normal_(1, 0.3)
+                module.bias.normal_(0, 0.3)
+                module.momentum = 1  # the statistics of one batch
+        model(torch.rand(8, 3, 32, 32))
+    other = ({"preact_resnet18", "preact_resnet18_input_shortcut"} - {true}).pop()
+    content = model.to(dtype).state_dict()
+    loaded(tmp_path, content, architecture=true)
+    assert words(caplog) == []
+    loaded(tmp_path, content, architecture=other)
+    (message,) = words(caplog)
+    assert f"those of a {true}, which is another function than a {other} " in message
+    # Statistics that belong to neither tell nothing.
+    content = {k: torch.zeros_like(v) if "running_mean" in k else v for k, v in content.items()}
+    loaded(tmp_path, content, architecture="preact_resnet18")
+    assert "two public networks" in words(caplog)[0]

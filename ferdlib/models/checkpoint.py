@@ -18,6 +18,7 @@ from ferdlib._checks import InvalidValue, public
 from ferdlib._files import read_plain
 from ferdlib.models import weights
 from ferdlib.models.normalized import Normalized
+from ferdlib.models.preact import shortcut_of
 from ferdlib.models.registry import build_model
 
 # Architectures by the names under which RobustBench and TRADES publish their weights.
@@ -32,9 +33,15 @@ OTHER_NAMES = {"resnet56": "resnet56_padding_shortcut"}
 SAME_NAMES = {
     "preact_resnet18": "preact_resnet18_input_shortcut",
     "preact_resnet34": "preact_resnet34_input_shortcut",
+    "preact_resnet18_input_shortcut": "preact_resnet18",
+    "preact_resnet34_input_shortcut": "preact_resnet34",
 }
 
 LOG = logging.getLogger("ferdlib")
+ANOTHER = (
+    "%s: its BatchNorm statistics are those of a %s, which is another function than a %s of the same names and "
+    "shapes; load it as what it is"
+)
 TWO_EXIST = (
     "%s: two public networks have the names and shapes of a %s; if the clean accuracy is lower than it should "
     "be, the shortcuts take the input, as in Fast Adversarial Training's release: load it as %s"
@@ -101,7 +108,8 @@ def load_checkpoint(
 
     A mean and a standard deviation beside the weights (`mean` and `std`, or RobustBench's `mu` and `sigma`)
     give a `Normalized` model. A `Normalized` model's own file does not hold them: wrap what comes again.
-    Names and shapes do not say everything. Where two public networks share them, a warning is logged.
+    Names and shapes do not say everything. Where two public networks share them, a warning is logged, unless
+    the BatchNorm statistics are those of the one that is asked for.
 
     Args:
         path: the file.
@@ -153,7 +161,7 @@ def _load(
         inside = weights.normalisation(content, network, in_channels, str(file))
     _check_fit(network, architecture, in_channels, file)
     if architecture in SAME_NAMES and own.get("architecture") != architecture:
-        LOG.warning(TWO_EXIST, file, architecture, SAME_NAMES[architecture])
+        _warn_of_two(architecture, network, file)
     if inside is None and re.search(r"(^|\.)0*[1-9]\d*\.", network.prefix):
         LOG.warning(FIRST_MODULE, file, network.prefix)
     # Files of torch before 0.4.1 have no count of batches.
@@ -161,6 +169,16 @@ def _load(
     counts = {k: torch.zeros((), device="cpu") for k in fresh if k.endswith("num_batches_tracked")}
     model.to_empty(device="cpu").load_state_dict(counts | network.weights)
     return (model if inside is None else Normalized(model, *inside).cpu()).eval()
+
+
+def _warn_of_two(architecture: str, network: weights.Network, file: Path) -> None:
+    asked = "input" if architecture.endswith("_input_shortcut") else "activation"
+    found = shortcut_of(network.weights)
+    if found not in (None, asked):
+        LOG.warning(ANOTHER, file, SAME_NAMES[architecture], architecture)
+    # Who asks for the rarer one knows that there are two.
+    elif found is None and asked == "activation":
+        LOG.warning(TWO_EXIST, file, architecture, SAME_NAMES[architecture])
 
 
 def _fitted(
