@@ -10,6 +10,7 @@ import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,12 +88,10 @@ def write_file(
 def remove_abandoned(folder: Path, pattern: str) -> None:
     """Delete the temporary files that killed processes have left in a folder."""
     for file in folder.glob(f"{pattern}.partial"):
-        try:
+        # Another process may be faster.
+        with suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > ABANDONED:
                 file.unlink()
-        # Another process was faster.
-        except FileNotFoundError:
-            continue
 
 
 def _sync_folder(folder: Path) -> None:
@@ -245,7 +244,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete all checkpoints of a finished run, and the folder if nothing else is in it."""
         for file in [*self.files(), *self.folder.glob("checkpoint-*.partial")]:
-            file.unlink()
+            file.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -253,7 +252,7 @@ class Checkpoints:
         """Delete states beyond the last `keep`, and files that a killed process left half written."""
         earlier = [file for file in self.files() if _step(file) <= step]
         for file in {*self.files()} - {*earlier[-self.keep :]}:
-            file.unlink()
+            file.unlink(missing_ok=True)
         remove_abandoned(self.folder, "checkpoint-*")
 
 

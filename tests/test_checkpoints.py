@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.serialization import set_crc32_options
 
 from ferdlib.models import build_model, load_checkpoint, load_robustbench, small_cnn
 
@@ -471,3 +472,13 @@ def test_a_flipped_bit_is_no_weight(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert "is it complete?" in refused(path)
+
+
+def test_a_file_may_be_without_checksums(tmp_path):
+    weights = random_weights()
+    set_crc32_options(False)
+    try:
+        path = save(tmp_path, weights)
+    finally:
+        set_crc32_options(True)
+    assert_landed(load_checkpoint(path, **TINY), weights)

@@ -220,6 +220,8 @@ class Training:
         return {**states, "shared": self.shared.get_state(), "epoch": self.epoch, "best": self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.keys() != self.state_dict().keys():
+            raise ValueError("expected a checkpoint of this method, got another one's")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.shared.set_state(state["shared"])
