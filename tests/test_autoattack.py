@@ -197,6 +197,22 @@ def test_images_may_lie_in_memory_as_they_like(tiny_model, layout):
     assert torch.equal(found, autoattack(model, x, model(x).argmax(1), **arguments).x_adv)
 
 
+@pytest.mark.parametrize("defaults", [(torch.float64, None), (torch.float32, "meta")])
+def test_torchs_defaults_change_nothing(tiny_model, defaults):
+    model, x = tiny_model(num_classes=3), torch.rand(3, 2, 6, 5, generator=torch.Generator())
+    y, arguments = model(x).argmax(1), {"num_classes": 3, "eps": 0.9}
+    expected = autoattack(model, x, y, **arguments).x_adv
+    try:
+        torch.set_default_dtype(defaults[0])
+        torch.set_default_device(defaults[1])
+        found = autoattack(model, x, y, **arguments).x_adv
+        assert torch.get_default_dtype() == defaults[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile reads it
 def test_a_compiled_model_gives_a_gradient_for_each_class():
     """Its backward runs once, while untargeted FAB wants one for each class of a forward."""

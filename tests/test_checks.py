@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from ferdlib import _checks
 from ferdlib._arguments import MissingFile
 from ferdlib._checks import InvalidState, InvalidType, InvalidValue, public
+from ferdlib.evaluation import AttackSpec
+from ferdlib.trainer import FERDConfig
 
 Z, Y = torch.randn(3, 4), torch.arange(3)
 X = torch.rand(3, 2, 4, 5)
@@ -132,16 +135,19 @@ def test_the_door_is_no_break_in_a_compiled_graph():
 
 
 META = Z.to("meta")
+NUMPY = [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), np.int64(1)]
 STATE = {"a": torch.ones(2), "b": 1}
 # The check, its arguments that pass, and each time arguments that do not, with the error.
 TABLE = [
-    (lambda v: _checks.real(v=v), [-1e9, 3], [(math.nan, ValueError), (True, TypeError)]),
+    (lambda v: _checks.real(v=v), [-1e9, 3, *NUMPY], [(math.nan, ValueError), (True, TypeError)]),
+    (lambda v: _checks.real(2, v=v), [np.int64(2)], [(v, ValueError) for v in NUMPY]),
+    (lambda v: _checks.positive(v=v), NUMPY, [(np.bool_(True), TypeError), (X[0], TypeError)]),
     (lambda v: _checks.real(0, 1, v=v), [0, 1, 0.5], [(-1e-9, ValueError), (1.1, ValueError)]),
     (lambda v: _checks.positive(v=v), [1e-9], [(0, ValueError), (math.inf, ValueError)]),
     (
         lambda v: _checks.integer(1, v=v),
-        [1],
-        [(0, ValueError), (1.0, TypeError), (True, TypeError)],
+        [1, np.int64(1), np.array(1), torch.tensor(1)],
+        [(0, ValueError), (1.0, TypeError), (True, TypeError), (np.float32(1), TypeError)],
     ),
     (lambda v: _checks.choice(("a", None), v=v), ["a", None], [("b", ValueError), (Z, TypeError)]),
     (lambda v: _checks.instance(dict, v=v), [{}], [([], TypeError)]),
@@ -152,7 +158,11 @@ TABLE = [
         [((1, 0), ValueError), ((0,), ValueError), (0, TypeError)],
     ),
     (lambda v: _checks.pair(0, v=v), [(0, 1)], [((-1, 1), ValueError), (("0", 1), TypeError)]),
-    (lambda v: _checks.strings(2, v=v), [["a", "b"]], [("ab", TypeError), (["a"], ValueError)]),
+    (
+        lambda v: _checks.strings(2, v=v),
+        [["a", "b"], np.array(["a", "b"])],
+        [("ab", TypeError), (["a"], ValueError)],
+    ),
     (lambda v: _checks.path("v", v), ["a"], [(1, TypeError)]),
     (lambda v: _checks.file("v", v), [__file__], [("none", FileNotFoundError)]),
     (lambda v: _checks.keys("ab", v=v), [STATE], [({"a": 1}, ValueError), ([], TypeError)]),
@@ -199,6 +209,14 @@ def test_checks_pass_what_is_right_and_refuse_the_rest(check, passes, refused):
 def test_logits_come_back_in_float32_or_wider():
     half, double = _checks.logits(a=Z.half(), b=Z.double())
     assert (half.dtype, double.dtype) == (torch.float32, torch.float64)
+
+
+def test_what_a_file_holds_of_a_dataclass_are_pythons_own_numbers():
+    spec = AttackSpec(name="a", kind="pgd", eps=NUMPY[0], step_size=NUMPY[3], steps=np.int64(2))
+    assert [type(v) for v in (spec.eps, spec.step_size, spec.steps)] == [float, float, int]
+    shape = tuple(np.array([1, 8, 8]))
+    config = FERDConfig(num_classes=np.int64(3), layer="layer4", image_shape=shape)
+    assert {type(v) for v in (config.num_classes, *config.image_shape)} == {int}
 
 
 def test_one_number_per_sample_broadcasts_against_the_images():

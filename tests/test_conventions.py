@@ -291,6 +291,15 @@ def test_tensors_are_made_on_a_named_device():
                     assert "device" in {k.arg for k in node.keywords}, f"{path}:{node.lineno}"
 
 
+def test_what_is_printed_is_latin_1():
+    for path in Path(ferdlib.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            # A docstring is an expression of its own.
+            for text in () if isinstance(node, ast.Expr) else ast.iter_child_nodes(node):
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    text.value.encode("latin-1")
+
+
 class NoFloat64(TorchDispatchMode):
     """The device "meta" as one that has no float64."""
 

@@ -99,7 +99,9 @@ class Ascent:
                     stays = ~stop(step, index[left], output)
                     if not bool(stays.any()):
                         break
-                (gradient,) = torch.autograd.grad(total, here)
+                (gradient,) = torch.autograd.grad(total, here, allow_unused=True)
+                if gradient is None:
+                    raise no_gradient()
                 health = health + gradient.sum()
                 stride = _rows(self.step_size, left) * gradient.sign()
                 moved = self._projected(here.detach() + stride, left)
@@ -197,11 +199,16 @@ def _total(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     # A sum in half precision would underflow or overflow; the sign of its gradient is all we use.
     total = wide(values).sum()
     if not total.requires_grad:
-        raise InvalidValue(
-            "expected a loss that depends on the images, got one without a gradient; does `model` detach, or "
-            "run in int8 or ONNX?"
-        )
+        raise no_gradient()
     return total
+
+
+def no_gradient() -> InvalidValue:
+    """Error of a model that gives an attack no direction."""
+    return InvalidValue(
+        "expected a loss that depends on the images, got one without a gradient; does `model` detach, or "
+        "run in int8 or ONNX?"
+    )
 
 
 def _rows(value: float | Tensor, rows: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidValue, public
 from ferdlib._modes import ask, borrowed, modules_behind
-from ferdlib.attacks.ascent import Model, rounded_inside
+from ferdlib.attacks.ascent import Model, no_gradient, rounded_inside
 
 OnBatch = Callable[[str, Tensor], None]
 
@@ -111,7 +111,7 @@ def autoattack(
             raise InvalidValue(f"expected `num_classes` {wanted}, got {num_classes}")
         return z.argmax(dim=1)
 
-    with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
+    with torch.inference_mode(False), _held_off(x.device), borrowed(model), torch.no_grad():
         images, labels = _plain(x), targets.clone()
         clean = [classes(batch) for batch in images.split(batch_size) if len(batch)]
         predictions = torch.cat(clean) if clean else labels.clone()
@@ -142,7 +142,7 @@ def square(
     """Flags of the samples that withstand AutoAttack's black-box member alone, bool `(N,)`."""
     from pyautoattack.square import SquareAttack
 
-    with torch.inference_mode(False), _kept_random_state(), borrowed(model), torch.no_grad():
+    with torch.inference_mode(False), _held_off(x.device), borrowed(model), torch.no_grad():
         images, logits = _plain(x), _Logits(model, x.dtype)
         attack: Any = SquareAttack(
             logits,
@@ -246,21 +246,37 @@ class _InputGradient(torch.autograd.Function):
         with torch.enable_grad():
             ctx.x = ctx.x.detach().requires_grad_()
             ctx.logits = ctx.model.forward(ctx.x)
+        if not ctx.logits.requires_grad:
+            raise no_gradient()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.logits is None:
             _InputGradient.run(ctx)
         keep = ctx.model.again
-        (of_x,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, retain_graph=keep)
+        (of_x,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, keep, allow_unused=True)
+        if of_x is None:
+            raise no_gradient()
         ctx.logits = ctx.logits if keep else None
         # pyautoattack takes views of it.
         return of_x.contiguous(), None
 
 
 @contextmanager
+def _held_off(device: torch.device) -> Iterator[None]:
+    """Keep pyautoattack and torch's global settings apart: it seeds, and takes the usual defaults for granted."""
+    dtype, default = torch.get_default_dtype(), torch.get_default_device()
+    with _kept_random_state(), nullcontext() if default.type == "cpu" else device:
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """Give back the states of torch's global generators, which the attacks of pyautoattack seed."""
+    """Give back the states of torch's global generators."""
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:

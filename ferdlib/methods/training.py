@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ferdlib import _checks, losses
-from ferdlib._modes import ask
+from ferdlib._modes import ask, logits_of
 from ferdlib.attacks import pgd
 from ferdlib.methods.protocol import Adversarial, Batch, Terms, teacher_logits
 
@@ -81,14 +81,14 @@ class BAT(TRADES):
         alive = torch.ones_like(batch.y, dtype=torch.bool)
         of_rule = settings.pop("on_step")
 
-        def on_step(step: int, iterate: Tensor, logits: Tensor) -> None:
+        def on_step(step: int, iterate: Tensor, output: Any) -> None:
             nonlocal alive, inside, outside
-            correct, shape = logits.argmax(dim=1) == batch.y, (-1, 1, 1, 1)
+            correct, shape = logits_of(output).argmax(dim=1) == batch.y, (-1, 1, 1, 1)
             outside = torch.where((alive & ~correct).view(shape), iterate.to(outside), outside)
             alive = alive & correct
             inside = torch.where(alive.view(shape), iterate.to(inside), inside)
             if of_rule is not None and step < self.steps:
-                of_rule(step, iterate, logits)
+                of_rule(step, iterate, output)
 
         last = super().ascend(student, batch, on_step=on_step, **settings)
         # `pgd` does not evaluate its last iterate, which may be the first wrong one.

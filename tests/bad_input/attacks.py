@@ -40,6 +40,8 @@ for function in (attacks.pgd, FGSM, attacks.cw_linf, UTAE, LEAST):
     broken = [(nan_after(0), RuntimeError, "NaN")]
     broken += [(nan_after(1), RuntimeError, "NaN")] * (function is not FGSM)
     broken += [(lambda x: t.MODEL(x).detach(), ValueError, "without a gradient")]
+    apart = torch.zeros(N, K, requires_grad=True)
+    broken += [(lambda x, apart=apart: apart * 1.0, ValueError, "without a gradient")]
     if function is not UTAE:
         broken += any_of(ValueError, "` of shape", not_logits(N, 1), not_logits(N, K, 1))
         each(function, targets=AIM)
