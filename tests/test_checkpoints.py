@@ -157,6 +157,9 @@ def test_robustbench_takes_what_data_parallel_wrote(tmp_path):
         lambda w: {"model": "wide_resnet_10_1", "net": w},
         lambda w: {"state_dict": None, "model": {"epoch": 3}, "student": w},
         lambda w: prefixed(w, "module.module._orig_mod."),
+        # As parts that are compiled or wrapped by FSDP.
+        lambda w: {k.replace("block1.", "block1._orig_mod."): v for k, v in w.items()},
+        lambda w: {k.replace(".0.", ".0._fsdp_wrapped_module."): v for k, v in w.items()},
         lambda w: prefixed(w, "1."),  # Sequential(normalise, net)
         lambda w: {"state_dict": prefixed(w, "student.")},  # as Lightning
         lambda w: {"state_dict": prefixed(w, "net."), "optimizer_states": [{"state": {}}]},
@@ -349,6 +352,13 @@ def test_a_text_file(tmp_path, text):
     path = tmp_path / "file.pt"
     path.write_text(text)
     assert "that torch.save wrote" in refused(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ONNX", "torch.export"])
+def test_a_file_of_another_kind_is_named(tmp_path, kind):
+    path = tmp_path / f"model.{'pt2' if kind == 'torch.export' else kind.lower()}"
+    path.write_bytes(bytes(64))
+    assert refused(path).endswith(f"a file of {kind}; torch.save its state dict")
 
 
 class MakesFolder:

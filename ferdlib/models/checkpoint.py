@@ -27,6 +27,8 @@ PUBLISHED = {
     "Zhang2019Theoretically": "wide_resnet_34_10",
     "model_cifar_wrn": "wide_resnet_34_10",
 }
+# Files that people have and torch.load does not read, by the ends of their names.
+OTHER_KINDS = {".safetensors": "safetensors", ".onnx": "ONNX", ".pt2": "torch.export"}
 # Variants that other names tell apart: a file of one is the weights of the other as well.
 OTHER_NAMES = {"resnet56": "resnet56_padding_shortcut"}
 # Variants that no name and no shape tells apart.
@@ -226,9 +228,14 @@ def _read(file: Path) -> Any:
                 f"expected `path` to hold weights only, got {str(file)!r}, a TorchScript program; save the "
                 f"state_dict() of what torch.jit.load makes of it"
             ) from error
+        kind = OTHER_KINDS.get(file.suffix.lower())
         raise InvalidValue(
-            f"expected `path` to be a file that torch.save wrote, got {str(file)!r}, which cannot be read; "
-            f"is it complete?"
+            f"expected `path` to be a file that torch.save wrote, got {str(file)!r}, "
+            + (
+                f"a file of {kind}; torch.save its state dict"
+                if kind
+                else "which cannot be read; is it complete?"
+            )
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +13,12 @@ from torch import Tensor
 from ferdlib._checks import InvalidValue
 
 # Wrappers and prefixes that mean the network itself: of several that fit, the first in this order counts.
-USUAL = ("state_dict", "model_state_dict", "model", "net", "student", "module", "_orig_mod")
+USUAL = ("state_dict", "model_state_dict", "model", "net", "student", "module")
 # Parts of names that the network's forward does not read: a copy of the first stage in TRADES' network, other
 # networks of the same script, and the count of an averaged model.
 ASIDE = {"sub_block1", "teacher", "attacker", "ema", "ema_model", "model_ema", "n_averaged"}
+# Parts that torch.compile, FSDP and activation checkpointing put into the names of what they wrap, at any depth.
+WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Names that differ between public implementations of one architecture.
 SYNONYMS = (("linear.", "fc."), ("shortcut.", "downsample."))
 # Ends of the names under which models keep what they normalise their images by.
@@ -131,8 +134,11 @@ def _state_dicts(
         return
     seen.add(id(content))
     entries = {key: value for key, value in content.items() if isinstance(key, str)}
-    if tensors := {key: value for key, value in entries.items() if isinstance(value, Tensor)}:
-        yield wrappers, tensors
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    if tensors:
+        short = {WRAPPED.sub("", key): value for key, value in tensors.items()}
+        # Two tensors may not end under one name.
+        yield wrappers, short if len(short) == len(tensors) else tensors
     for key, value in entries.items():
         yield from _state_dicts(value, seen, (*wrappers, key))
 
