@@ -86,14 +86,15 @@ def _answers(network: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, lis
         leaves, structure = pytree.tree_flatten(network(images.clone()))
     tensors = [each for each in leaves if isinstance(each, Tensor)]
     others = [each for each in leaves if not isinstance(each, Tensor)]
-    weighted = [
-        (each * torch.linspace(1, 2, each[0].numel()).to(each).reshape(each.shape[1:])).sum()
-        for each in tensors
-        if each.requires_grad and each.ndim
-    ]
+    weighted = []
+    for each in tensors:
+        if each.requires_grad and each.ndim:
+            # Logits weigh unequally: a softmax always sums to 1.
+            ramp = torch.linspace(1, 2, each[0].numel(), device=each.device).to(each)
+            weighted.append((each * ramp.reshape(each.shape[1:])).sum().to(images.dtype))
     gradient = images.new_zeros(images.shape)
     if weighted:
-        total = torch.stack([each.to(images.dtype) for each in weighted]).sum()
+        total = torch.stack(weighted).sum()
         (gradient,) = torch.autograd.grad(total, images, allow_unused=True, materialize_grads=True)
     kinds = [(each.dtype, each.requires_grad) for each in tensors]
     return (structure, others, kinds), [*(each.detach() for each in tensors), gradient]

@@ -33,8 +33,8 @@ def parts(config: FERDConfig, teacher: nn.Module, split: Split | None) -> Split:
         raise InvalidValue("expected `config.layer` or `split` for the bottleneck, got None")
     features, head = split or split_at(teacher, config.layer or "")
     # Two images whose pixels all differ.
-    shape = (2, *config.image_shape)
-    x = torch.linspace(0, 1, math.prod(shape)).reshape(shape).to(next(teacher.parameters()).device)
+    shape, device = (2, *config.image_shape), next(teacher.parameters()).device
+    x = torch.linspace(0, 1, math.prod(shape), dtype=torch.float32, device=device).reshape(shape)
     with torch.no_grad(), borrowed(features, head, teacher):
         z = features(x)
         _check_features(z, x, "split" if split else "config.layer")
