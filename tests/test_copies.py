@@ -97,6 +97,7 @@ WAYS = {
     "a tensor made of a buffer": lambda: Around(lambda self, x: self.net(x) * self.log_t.exp()),
     "a tensor without a name": lambda: Around(lambda self, x: self.net(x) * torch.tensor(2.0)),
     "a plain tensor": lambda: Around(lambda self, x: self.net(x) * self.shift),
+    "a method in place": lambda: Around(lambda self, x: self.net(x).mul_(self.log_t)),
     "noise of the input's shape": lambda: Around(lambda self, x: self.net(x + torch.randn_like(x))),
     "weight_norm": lambda: of_a_hook(nn.utils.weight_norm),
     "spectral_norm": lambda: of_a_hook(nn.utils.spectral_norm),
@@ -163,6 +164,16 @@ def test_a_change_beside_the_weights_reaches_the_copy(change):
     assert torch.allclose(fast(x), model(x), atol=1e-5)
 
 
+def counting(self, x):
+    self.log_t += 1
+    return self.net(x) * self.log_t
+
+
+def remembering(self, x):
+    self.shift = (self.shift + self.net(x)).detach()
+    return self.shift
+
+
 def with_rng(draw):
     model = Around(lambda self, x: self.net(x) * draw(self.rng))
     model.rng = torch.Generator()
@@ -178,6 +189,11 @@ NONE = {
     ],
     "numbers made of weights": [
         lambda: Around(lambda self, x: self.net(x) * self._parameters["weight"].exp())
+    ],
+    "a forward that changes '(log_t|shift)'": [
+        lambda: Around(counting),
+        lambda: Around(lambda self, x: self.net(x) * self.log_t.add_(1)),
+        lambda: Around(remembering),
     ],
     "`torch.no_grad\\(\\)`": [lambda: Around(lambda self, x: self.net(Rounded.apply(x)))],
     "backward hooks": [

@@ -45,7 +45,7 @@ def trace(model: nn.Module, *, whole: str = "") -> tuple[fx.Graph, dict[str, Any
     try:
         # In eval mode, because what a functional dropout reads from `training` is traced as a constant.
         with (
-            _restored(model),
+            _restored(model) as changed,
             borrowed(model, freeze=False),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -73,6 +73,10 @@ def trace(model: nn.Module, *, whole: str = "") -> tuple[fx.Graph, dict[str, Any
         if isinstance(found, Tensor) and found.grad_fn is not None:
             raise NotTraceable("numbers made of weights that a trace would make constants")
         attributes[node.target] = found
+        methods = [u for u in node.users if u.op == "call_method" and u.args[0] is node]
+        written = any(str(user.target).endswith("_") for user in methods)
+        if isinstance(found, Tensor) and (written or node.target in changed):
+            raise NotTraceable(f"a forward that changes {node.target!r}, which it reads")
     return graph, attributes
 
 
@@ -129,9 +133,12 @@ def _where(name: str) -> str:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Give modules their attributes back: a forward that keeps its activations would keep a proxy."""
-    kept = []
+def _restored(model: nn.Module) -> Iterator[set[str]]:
+    """Give modules their attributes back: a forward that keeps its activations would keep a proxy.
+
+    The names of tensors that came to be others are in the set on leaving.
+    """
+    kept, before, changed = [], _tensors(model), set[str]()
     for module in model.modules():
         attributes = dict(vars(module))
         filled = {k: copy.copy(v) for k, v in attributes.items() if type(v) in (dict, list)}
@@ -139,8 +146,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
         # `module.compile()` puts a compiled call before the forward, which torch.fx cannot follow.
         vars(module).pop("_compiled_call_impl", None)
     try:
-        yield
+        yield changed
     finally:
+        after = _tensors(model)
+        changed |= {name for name, value in before.items() if after.get(name) is not value}
         for module, attributes, filled in kept:
             vars(module).clear()
             vars(module).update(attributes)
@@ -148,3 +157,14 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 now = attributes[name]
                 now.clear()
                 now.update(content) if isinstance(now, dict) else now.extend(content)
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """Weights, buffers and other attributes by name, those that are tensors."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, module in model.named_modules()
+        for values in (vars(module), module._parameters, module._buffers)
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
