@@ -84,8 +84,10 @@ BATCHNORM = {f"0.{key}": value for key, value in torch.nn.BatchNorm2d(3).state_d
             r"mean [(]127.5, 63.75, 191.2[)] and std [(]63.75",
         ),
         ({"mean": MEAN, "std": 0 * STD}, r"std [(]0, 0, 0[)]"),
+        ({"mean": MEAN, "std": STD / 0}, r"std [(]inf, inf, inf[)]"),
+        ({"mean": MEAN.to("meta"), "std": STD}, "unexpected: mean, std; if these"),
         ({"mean": MEAN[:2], "std": STD[:2]}, r"mean [(]0.5, 0.25[)]"),
-        ({"mean": MEAN, "std": STD, "mu": STD, "sigma": STD}, "unexpected: mean, std, mu, sigma"),
+        ({"mean": MEAN, "std": STD, "mu": STD, "sigma": STD}, " with mean, mu"),
     ],
 )
 def test_a_normalisation_that_cannot_be_kept_is_refused_with_the_remedy(

@@ -92,7 +92,7 @@ def normalisation(
     content: Any, network: Network, channels: int, file: str
 ) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that the file keeps beside the network; they leave its `rest`."""
-    near: dict[str, Any] = dict(network.rest)
+    near: dict[str, Any] = {key: value for key, value in network.rest.items() if _is_plain(value)}
     for depth in range(len(network.wrappers) + 1):
         # Beside a wrapper, only whole names are believed: a "test_mean" there is somebody's result.
         names = [name for pair in NORMALISERS for name in pair if name in content]
@@ -109,20 +109,25 @@ def normalisation(
         mean, std = (
             torch.as_tensor(near[name], device="cpu").double().reshape(-1) for name in pair
         )
-        fine = {len(mean), len(std)} <= {1, channels} and bool((std > 0).all())
-        if not (fine and bool(((mean >= 0) & (mean <= 1)).all())):
+        # Single precision, in which the model computes.
+        positive = (std.float() > 0) & std.float().isfinite()
+        inside = (mean >= 0) & (mean <= 1)
+        if not ({len(mean), len(std)} <= {1, channels} and positive.all() and inside.all()):
             raise InvalidValue(
                 f"expected `path` to normalise images of {channels} channels in [0, 1], got {file!r} with "
                 f"{pair[0]} {_rounded(mean)} and {pair[1]} {_rounded(std)}; save the network alone and wrap it "
                 f"in models.Normalized"
             )
         values.append((mean.expand(channels).tolist(), std.expand(channels).tolist()))
-    if not values or any(value != values[0] for value in values):
-        return None
+    if any(value != values[0] for value in values):
+        raise InvalidValue(
+            f"expected `path` to normalise images in one way, got {file!r} with {some([*pairs])}; save the "
+            f"network alone and wrap it in models.Normalized"
+        )
     for pair in pairs.items():
         for name in pair:
             network.rest.pop(name, None)
-    return values[0]
+    return values[0] if values else None
 
 
 def _state_dicts(
@@ -184,7 +189,7 @@ def _is_count(name: str) -> bool:
 
 def _is_vector(value: Any, channels: int) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() in (1, channels)
+        return _is_plain(value) and value.numel() in (1, channels)
     whole = isinstance(value, (list, tuple)) and len(value) == channels
     return whole and all(isinstance(number, (int, float)) for number in value)
 
