@@ -165,7 +165,7 @@ def _preact_resnet(
 
 
 def shortcut_of(weights: Mapping[str, Tensor]) -> Shortcut | None:
-    """What the shortcuts of a trained PreActResNet take, by its BatchNorm statistics; None if they do not tell.
+    """Judge by its BatchNorm statistics what a trained PreActResNet's shortcuts take; None if they do not tell.
 
     The first BatchNorm of a stage's second block has recorded the mean of s + W2 relu(bn2(...)) over images and
     pixels. Both means that s can have follow from the first block's own numbers, if a BatchNorm's output
