@@ -17,6 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Float32 holds the square of a larger number no more, nor the product of two.
+LARGEST = 1e15
+
 
 class InvalidType(TypeError):
     """An argument of the wrong type or dtype."""
@@ -94,12 +97,12 @@ def settle(owner: Any) -> None:
         object.__setattr__(owner, each.name, own)
 
 
-def real(low: float = -math.inf, high: float = math.inf, /, **named: Any) -> None:
-    """Finite numbers in `[low, high]`."""
+def real(low: float = -LARGEST, high: float = LARGEST, /, **named: Any) -> None:
+    """Numbers in `[low, high]`."""
     for name, value in named.items():
         value = _number(name, value)
         # Comparisons, which torch.compile can follow where a number varies; it cannot `math.isfinite`.
-        if not (-math.inf < value < math.inf and low <= value <= high):
+        if not low <= value <= high:
             raise InvalidValue(f"expected `{name}` in {interval(low, high)}, got {value!r}")
 
 
@@ -110,12 +113,24 @@ def interval(low: float, high: float) -> str:
     return f"{left}, {right}"
 
 
+def shown(value: float, *limits: float) -> str:
+    """Write a number with as many digits as tell it from these limits."""
+    texts = (f"{value:.{digits}g}" for digits in range(6, 18))
+    apart = (t for t in texts if all((float(t) == limit) == (value == limit) for limit in limits))
+    return next(apart, repr(value))
+
+
 def positive(**named: Any) -> None:
-    """Finite numbers above 0."""
+    """Numbers above 0."""
     for name, value in named.items():
         value = _number(name, value)
-        if not 0 < value < math.inf:
-            raise InvalidValue(f"expected `{name}` in (0, inf), got {value!r}")
+        if not 0 < value <= LARGEST:
+            raise InvalidValue(f"expected `{name}` in (0, {LARGEST:g}], got {value!r}")
+
+
+def divisor(**named: Any) -> None:
+    """Numbers that float32 can divide by."""
+    real(1 / LARGEST, **named)
 
 
 def _number(name: str, value: Any) -> Any:
@@ -167,7 +182,7 @@ def callable_or_none(**named: Any) -> None:
     callable_(**{name: value for name, value in named.items() if value is not None})
 
 
-def pair(low: float = -math.inf, /, **named: Any) -> None:
+def pair(low: float = -LARGEST, /, **named: Any) -> None:
     """Pairs of numbers from `low` on, the second no smaller than the first."""
     for name, value in named.items():
         sequence = isinstance(value, (tuple, list))

@@ -6,7 +6,6 @@ only where it says so, and never inside a graph that `torch.compile` captures.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +15,18 @@ from torch import Tensor, nn
 
 # The rooms know one module of checks, so this one passes on those of plain values.
 from ferdlib._arguments import *  # noqa: F403
-from ferdlib._arguments import InvalidType, InvalidValue, got, interval, keys, plain, positive, real
+from ferdlib._arguments import (
+    LARGEST,
+    InvalidType,
+    InvalidValue,
+    divisor,
+    got,
+    interval,
+    keys,
+    plain,
+    real,
+    shown,
+)
 from ferdlib._modes import logits_of
 
 WIDE = (torch.float32, torch.float64)
@@ -67,10 +77,18 @@ def images(bounds: tuple[float, float] | None = None, /, **named: Any) -> None:
         if not bool(((value >= low) & (value <= high)).all()):
             if not bool(value.isfinite().all()):
                 raise InvalidValue(f"expected finite `{name}`, got NaN or infinity")
-            raise InvalidValue(
-                f"expected `{name}` inside bounds [{low:g}, {high:g}], got values in [{value.min():g}, "
-                f"{value.max():g}]; put normalisation inside the model (ferdlib.models.Normalized)"
-            )
+            raise InvalidValue(f"expected `{name}` {outside(value, low, high)}")
+
+
+def outside(value: Tensor, low: float, high: float) -> str:
+    """Say that images leave the bounds, by how much, and what to do."""
+    least, most = float(value.min()), float(value.max())
+    came = f"values from {shown(least, low)} to {shown(most, high)}"
+    # Rounding alone, as of a resized image, is not a missing normalisation.
+    slight = min(least - low, high - most) > -1e-3 * (high - low)
+    remedy = "put normalisation inside the model (ferdlib.models.Normalized)"
+    remedy = f"clamp them to ({low:g}, {high:g})" if slight else remedy
+    return f"inside bounds {low:g} to {high:g}, got {came}; {remedy}"
 
 
 def batch(**named: Any) -> tuple[Tensor, Tensor]:
@@ -154,8 +172,8 @@ def scalar(**named: Any) -> None:
 
 
 def class_vector(
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float = -LARGEST,
+    high: float = LARGEST,
     /,
     *,
     num_classes: int | None = None,
@@ -178,9 +196,10 @@ def class_vector(
             continue
         if bool(value.isinf().any()):
             raise InvalidValue(f"expected finite `{name}` (nan for an absent class), got inf")
-        came = f"{value[(value < low) | (value > high)][0]:g}"
-        hint = "; divide percentages by 100" if high == 1 else ""
-        raise InvalidValue(f"expected `{name}` in {interval(low, high)} (or nan), got {came}{hint}")
+        first = float(value[(value < low) | (value > high)][0])
+        hint = "; divide percentages by 100" if high == 1 and first > 1.01 else ""
+        wanted = f"from {low:g} to {high:g} (or nan)"
+        raise InvalidValue(f"expected `{name}` {wanted}, got {shown(first, low, high)}{hint}")
 
 
 def confusion(*, batched: bool = False, **named: Any) -> None:
@@ -201,7 +220,7 @@ def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) ->
     """Return a number >= 0 (or > 0), or one per sample `(N,)` as `(N, 1, ..., 1)` to broadcast against `x`."""
     value = plain(value)
     if not isinstance(value, Tensor):
-        check = positive if above_zero else partial(real, 0)
+        check = divisor if above_zero else partial(real, 0)
         check(**{name: value})
         return float(value)
     floating(**{name: value})
@@ -209,10 +228,11 @@ def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) ->
         wanted = f"to be a number or a tensor of shape ({len(x)},)"
         raise InvalidValue(f"expected `{name}` {wanted}, got shape {tuple(value.shape)}")
     if not torch.compiler.is_compiling():
-        fine, wanted = (value > 0, "> 0") if above_zero else (value >= 0, ">= 0")
-        if not bool((fine & value.isfinite()).all()):
-            least = f"{value.min():g}"
-            raise InvalidValue(f"expected finite `{name}` {wanted} for every sample, got {least}")
+        low = 1 / LARGEST if above_zero else 0.0
+        wrong = ~((value >= low) & (value <= LARGEST))
+        if bool(wrong.any()):
+            came, wanted = f"{value[wrong][0]:g}", interval(low, LARGEST)
+            raise InvalidValue(f"expected `{name}` in {wanted} for every sample, got {came}")
     return value.detach().to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -81,7 +81,9 @@ def class_accuracy(confusion: Tensor) -> Tensor:
         tensor([0.7500,    nan], dtype=torch.float64)
     """
     _checks.confusion(batched=True, confusion=confusion)
-    return _checks.double(confusion.diagonal(dim1=-2, dim2=-1)) / confusion.sum(dim=-1)
+    # Floats, for sums of counts may leave int64.
+    counts = _checks.double(confusion)
+    return counts.diagonal(dim1=-2, dim2=-1) / counts.sum(dim=-1)
 
 
 @public

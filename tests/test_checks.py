@@ -222,5 +222,5 @@ def test_what_a_file_holds_of_a_dataclass_are_pythons_own_numbers():
 def test_one_number_per_sample_broadcasts_against_the_images():
     assert _checks.per_sample("eps", 2, X) == 2.0
     assert _checks.per_sample("eps", Y.double(), X).shape == (3, 1, 1, 1)
-    with pytest.raises(InvalidValue, match="`eps` > 0 for every sample"):
+    with pytest.raises(InvalidValue, match=r"`eps` in \[1e-15, 1e\+15\] for every sample"):
         _checks.per_sample("eps", Y.float(), X, above_zero=True)

@@ -318,6 +318,26 @@ def test_value_by_hand(value, by_hand):
     assert value.item() == pytest.approx(by_hand, rel=1e-6, abs=1e-7)
 
 
+def test_a_masked_class_has_probability_0():
+    """Classes of logit -inf. KL((1/2, 0, 1/2) || (1/4, 1/2, 1/4)) = log 2; of two left, entropy is log 2."""
+    half = torch.tensor([[0.0, -math.inf, 0.0]], requires_grad=True)
+    full = torch.tensor([[0.25, 0.5, 0.25]]).log().requires_grad_()
+    cases = [
+        (losses.kl_divergence(half, half), 0.0),
+        (losses.kl_divergence(half, full), math.log(2)),
+        (losses.confidence_penalty(half), math.log(3) - math.log(2)),
+        (losses.decoupled_kl(half, half), math.log(2)),
+        (losses.masked_distillation(half, full), 0.0),  # they disagree
+        (losses.rslad(half, half, half), 0.0),
+    ]
+    for value, expected in cases:
+        assert value.item() == pytest.approx(expected, abs=1e-6)
+        gradients = torch.autograd.grad(value.sum(), (half, full), allow_unused=True)
+        assert all(bool(g.isfinite().all()) for g in gradients if g is not None)
+    for infinite in (losses.kl_divergence(full, half), losses.decoupled_kl(half, full)):
+        assert infinite.item() == math.inf
+
+
 @pytest.mark.parametrize("k", [2, 3, 10, 100])
 def test_degenerate_inputs(k):
     a = inputs(6, k)[0]

@@ -154,6 +154,12 @@ def test_target_entropy_leaves_its_argument_alone_and_needs_three_classes():
     assert torch.equal(counts, torch.tensor([[3, 2], [0, 4]]))
 
 
+def test_counts_may_be_so_large_that_their_sum_leaves_int64():
+    most = 2**62
+    counts = torch.tensor([[most, most, most], [0, most, 0], [0, 0, 0]])
+    close(metrics.class_accuracy(counts), [1 / 3, 1, nan])
+
+
 FIGURES = {
     "average": metrics.average,
     "worst_class": metrics.worst_class,
@@ -189,6 +195,8 @@ def test_matrices_of_many_are_those_of_each():
     ("call", "error", "part"),
     [
         (lambda: metrics.average(acc(53.7, 66.5)), ValueError, "`acc` .* divide percentages"),
+        # Rounded as it is printed otherwise, it would be inside.
+        (lambda: metrics.average(acc(1 + 1e-12, 0.5)), ValueError, r"got 1\.000000000001$"),
         (lambda: metrics.worst_class(acc(0.5)), ValueError, "`acc` of shape .* K >= 2"),
         (lambda: metrics.nsd(acc(0.1, math.inf)), ValueError, "finite `acc`"),
         (lambda: metrics.inheritance_ratio(FAAL, FAAL[None]), ValueError, "equal shape"),

@@ -245,7 +245,7 @@ def test_a_weight_of_0_or_less_is_refused_with_the_largest_strength():
     p[:, 9], p[9, 9] = 0.8, 1.0
     p += torch.diag(vector(*[0.2] * 9, 0.0))
     assert dafa(p.tolist(), 1.0)[9] == pytest.approx(-6.2)
-    with pytest.raises(ValueError, match=r"`strength` below 0\.1389 .* class 9 the weight -6\.2"):
+    with pytest.raises(ValueError, match=r"`strength` below 0\.138889 .* class 9 the weight -6\.2"):
         confusion_weights(p)
     assert confusion_weights(p, strength=0.1388).min() > 0
     with pytest.raises(ValueError, match="the weight 0"):  # exactly
@@ -348,6 +348,13 @@ def test_frl_weights_are_never_negative(limit):
             assert w.mean().item() == pytest.approx(1)
     with pytest.raises(ValueError, match=r"`limit` in \[0, 1\]"):
         FRLWeights(7, limit=1.01)
+
+
+@pytest.mark.parametrize(("limit", "rate"), [(0.0, 5e-324), (0.0, 0.1), (5e-324, 1e-310)])
+def test_frl_of_the_smallest_numbers_is_ones(limit, rate):
+    frl = FRLWeights(3, clean_slack=0.0, boundary_slack=0.0, limit=limit, rate=rate)
+    frl.update(torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.8, 0.1, 0.05]))
+    assert frl.clean_weights.tolist() == frl.boundary_weights.tolist() == [1, 1, 1]
 
 
 def test_frl_margins_are_cut_off():

@@ -17,7 +17,7 @@ def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     r"""$KL(p \| q)$; gradients flow into both."""
     log_p, log_q = F.log_softmax(p_logits, dim=1), F.log_softmax(q_logits, dim=1)
     # Logarithms throughout: that of a softmax which has rounded to 0 would be -inf.
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return expected(log_p.exp(), log_p - log_q)
 
 
 def rescaled_kl(p_logits: Tensor, q_logits: Tensor, t: float | Tensor) -> Tensor:
@@ -42,4 +42,9 @@ def uniformity(z: Tensor) -> Tensor:
 def confidence_penalty(z: Tensor) -> Tensor:
     r"""$KL(p \| U)$."""
     log_p = F.log_softmax(z, dim=1)
-    return (log_p.exp() * log_p).sum(dim=1) + math.log(z.shape[1])
+    return expected(log_p.exp(), log_p) + math.log(z.shape[1])
+
+
+def expected(p: Tensor, values: Tensor) -> Tensor:
+    """Mean of the values under p; a class of probability 0, masked by a logit of -inf, adds nothing."""
+    return (p * values.masked_fill(p == 0, 0.0)).sum(dim=1)

@@ -50,7 +50,7 @@ def class_temperatures(
     _checks.class_vector(class_losses=class_losses)
     _checks.class_vector(num_classes=len(class_losses), temperatures=temperatures)
     _checks.real(0, rate=rate)
-    _checks.positive(low=low)
+    _checks.divisor(low=low)
     _checks.real(low, high=high)
     if not bool((temperatures > 0).all()):
         raise InvalidValue(f"expected `temperatures` > 0, got {temperatures.tolist()}")

@@ -143,11 +143,14 @@ def decoupled_kl(
     """
     student, teacher = _checks.logits(student_logits=student_logits, teacher_logits=teacher_logits)
     _checks.real(0, mse_weight=mse_weight, cross_entropy_weight=cross_entropy_weight)
-    _checks.positive(pair_temperature=pair_temperature)
-    w, d = F.softmax(teacher / pair_temperature, dim=1), teacher - student
+    _checks.divisor(pair_temperature=pair_temperature)
+    w = F.softmax(teacher / pair_temperature, dim=1)
+    # A class that the teacher masks with -inf weighs nothing; one that the student masks has an infinite entropy.
+    d = (teacher - student).masked_fill((w == 0) | student.isneginf(), 0.0)
     # The double sum is twice the variance of d around its weighted mean: K terms and not K².
     gap = 2 * (w * (d - (w * d).sum(dim=1, keepdim=True)).square()).sum(dim=1)
-    soft = -(F.softmax(teacher.detach(), dim=1) * F.log_softmax(student, dim=1)).sum(dim=1)
+    p = F.softmax(teacher.detach(), dim=1)
+    soft = -_kernels.expected(p, F.log_softmax(student, dim=1))
     return mse_weight * gap + cross_entropy_weight * soft
 
 

@@ -119,7 +119,9 @@ def masked_distillation(logits: Tensor, reference_logits: Tensor) -> Tensor:
         tensor([0.])
     """
     z, reference = _checks.logits(logits=logits, reference_logits=reference_logits)
-    return _kernels.kl(reference, z) * (z.argmax(dim=1) == reference.argmax(dim=1))
+    agree = z.argmax(dim=1) == reference.argmax(dim=1)
+    # Where they disagree the divergence may be infinite, which times 0 is NaN.
+    return _kernels.kl(reference, torch.where(agree[:, None], z, reference)) * agree
 
 
 @public

@@ -61,7 +61,7 @@ def plot_confusion(
     ax = _common.axes(ax, side + 1, side, layout="compressed")
     from matplotlib.colors import LinearSegmentedColormap
 
-    total = counts.sum(dim=1, keepdim=True)
+    total = counts.double().sum(dim=1, keepdim=True)
     shown = torch.where(total > 0, 100 * counts / total if normalize else counts.double(), math.nan)
     unit, diagonal = (
         "% of row" if normalize else "samples",

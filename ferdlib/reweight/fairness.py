@@ -172,9 +172,12 @@ def confusion_weights(confusion_probabilities: Tensor, *, strength: float = 1.0)
     w = 1 + strength * change
     if bool((w <= 0).any()):
         c = int(w.argmin())
-        limit = f"{-1 / float(change[c]):.4g} for these probabilities"
-        came = f"{strength:g}, which gives class {c} the weight {float(w[c]):.4g}"
-        raise InvalidValue(f"expected `strength` below {limit}, got {came}; lower it")
+        limit = -1 / float(change[c])
+        came = (
+            f"{_checks.shown(strength, limit)}, which gives class {c} the weight {float(w[c]):.4g}"
+        )
+        most = f"{_checks.shown(limit, strength)} for these probabilities"
+        raise InvalidValue(f"expected `strength` below {most}, got {came}; lower it")
     return w.to(confusion_probabilities.dtype)
 
 

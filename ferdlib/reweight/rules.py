@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -31,11 +32,11 @@ def margin_softmax(
         tensor([0.7500, 0.2500])
     """
     _checks.class_vector(class_margins=class_margins)
-    _checks.positive(temperature=temperature)
+    _checks.divisor(temperature=temperature)
     _checks.real(0, floor=floor)
     k = len(class_margins)
     if floor >= 1 / k:
-        raise InvalidValue(f"expected `floor` < 1/K = {1 / k:g}, got {floor:g}")
+        raise InvalidValue(f"expected `floor` < 1/K = {1 / k!r}, got {floor!r}")
     p = F.softmax(filled(-_checks.double(class_margins)) / temperature, dim=0)
     return ((1 - k * floor) * p + floor).to(class_margins.dtype)
 
@@ -58,7 +59,7 @@ def margin_minmax(class_margins: Tensor, *, low: float = 0.05, high: float = 0.2
     _checks.class_vector(class_margins=class_margins)
     _checks.real(0, low=low, high=high)
     if low >= high:
-        raise InvalidValue(f"expected `high` in ({low:g}, inf), above `low`, got {high:g}")
+        raise InvalidValue(f"expected `high` above `low` {low!r}, got {high!r}")
     d = filled(-_checks.double(class_margins))
     span = d.max() - d.min()
     p = low + (high - low) * (d - d.min()) / span if span > 0 else torch.ones_like(d)
@@ -154,8 +155,9 @@ def normalize(
         raise InvalidValue(f"expected `w` of shape (K,), got {tuple(w.shape)}")
     if not bool((w.isfinite() & (w >= 0)).all() & (w > 0).any()):
         raise InvalidValue(f"expected `w` finite, >= 0 and not all 0, got {w.tolist()}")
-    exact = _checks.double(w)
-    scaled = exact / (exact.mean() if to == "mean" else exact.sum())
+    # Over a power of two first, which changes no digit: a sum of large weights would overflow.
+    values = _checks.double(w) / 2.0 ** math.floor(math.log2(float(w.max())))
+    scaled = values / (values.mean() if to == "mean" else values.sum())
     if clip is not None:
         _checks.pair(0, clip=clip)
         scaled = scaled.clamp(*clip)

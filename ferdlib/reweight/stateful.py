@@ -134,7 +134,8 @@ class FRLWeights:
     def _moved(self, multipliers: Tensor, step: Tensor) -> Tensor:
         moved = (multipliers.to(step.device) + step.nan_to_num()).clamp(min=0)
         total = moved.sum()
-        return torch.where(total > self.limit, moved * (self.limit / total), moved)
+        # Divided first: the reciprocal of a tiny total is infinite.
+        return torch.where(total > self.limit, moved / total * self.limit, moved)
 
     def _weights(self, multipliers: Tensor) -> Tensor:
         w = 1 + self.num_classes * multipliers - multipliers.sum()

@@ -236,7 +236,7 @@ class FERDConfig:
         _arguments.integer(0, **named("warmup_epochs", "bottleneck_steps", "student_steps"))
         _arguments.integer(0, **named("attack_steps", "crop_padding"))
         _arguments.positive(**named("generator_lr", "latent_lr", "bottleneck_lr", "student_lr"))
-        _arguments.positive(reweight_temperature=self.reweight_temperature)
+        _arguments.divisor(reweight_temperature=self.reweight_temperature)
         _arguments.real(0, **named("adv_loss_weight", "bn_loss_weight", "onehot_loss_weight"))
         _arguments.real(0, **named("uniformity_loss_weight", "clean_weight", "adv_weight"))
         _arguments.real(0, **named("bottleneck_beta", "weight_decay", "gamma", "eps", "step_size"))

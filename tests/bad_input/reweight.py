@@ -19,7 +19,7 @@ each(reweight.lps_power, kappa=KAPPA)
 bad(reweight.lps_power, ValueError, "> 0", kappa=0 * ONES, guard=0.0)
 for function in (reweight.lps_linear, reweight.lps_sigmoid, reweight.lps_tanh):
     good(function, kappa=ONES, steps=2)
-    each(function, kappa=[*KAPPA, (spoilt(ONES, 2.01), ValueError, "in [0, 2]")])
+    each(function, kappa=[*KAPPA, (spoilt(ONES, 2.01), ValueError, "from 0 to 2")])
 counts = any_of(TypeError, "a torch.Tensor", "text", None, [1.0])
 counts += any_of(TypeError, "int64", Y.int())
 counts += any_of(ValueError, "in [0, 2]", Y - 1, Y + 1)

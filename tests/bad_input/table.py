@@ -95,7 +95,8 @@ def tensor(valid: Tensor, other: torch.dtype, shape: str = "of shape") -> list[R
 def number(low: float = -INF, high: float = INF, *, above: bool = False) -> list[Row]:
     """Return no finite numbers in [low, high], or in (low, high] with `above`."""
     outside = [low if above else low - 1e-3] * (low > -INF) + [high + 1e-3] * (high < INF)
-    rows = any_of(ValueError, " in ", NAN, INF, -INF, *outside)
+    # Float32 holds neither the largest nor their products.
+    rows = any_of(ValueError, " in ", NAN, INF, -INF, 1e308, *outside)
     return any_of(TypeError, "a number", "1", None, True, 1j, [1.0]) + rows
 
 
@@ -110,7 +111,7 @@ def class_vector(valid: Tensor, low: float = -INF, high: float = INF) -> list[Ro
     """Return no `(K,)` in [low, high]; a NaN there is an absent class."""
     outside = [low - 0.01] * (low > -INF) + [high + 0.01] * (high < INF)
     rows = tensor(valid, torch.int64) + any_of(ValueError, "K >= 2", valid[:1], valid[:0])
-    rows += [(spoilt(valid, INF), ValueError, "finite")]
+    rows += [(spoilt(valid, INF), ValueError, "finite"), (spoilt(valid, 1e30), ValueError, "from ")]
     return rows + any_of(ValueError, "", *(spoilt(valid, end) for end in outside))
 
 
@@ -119,6 +120,8 @@ def per_sample(*, above: bool = False) -> list[Row]:
     each = torch.full((N,), 0.1)
     return [
         *number(0, above=above),
+        *any_of(ValueError, " in ", 1e-300, spoilt(each, 1e-30)) * above,
+        *any_of(ValueError, " in ", spoilt(each, 1e30)),
         (each.long(), TypeError, "floating-point"),
         *any_of(ValueError, f"({N},)", each[:, None], each[:-1]),
         *any_of(ValueError, "", spoilt(each, NAN), spoilt(each, 0 if above else -1e-3)),
