@@ -118,3 +118,12 @@ def test_old_names_say_what_became_of_them():
             getattr(methods, name)
     with pytest.raises(AttributeError, match="has no attribute 'Fairness'"):
         methods.Fairness  # noqa: B018
+
+
+def test_a_share_that_must_be_another_librarys_step_is_warned_of_once(caplog):
+    for _ in range(2):
+        build_method("ard", K, teacher=model(), alpha=2 / 255)
+    build_method("ard", K, teacher=model(), alpha=0.1)
+    assert caplog.messages == [
+        "alpha 0.00784314 is the share of a loss here; did you mean step_size=0.00784314?"
+    ]

@@ -230,6 +230,20 @@ def test_square_is_left_to_the_report_that_has_it():
     assert "AA's black-box Square finds nothing that its gradient attacks missed" in checks
 
 
+def test_an_attack_of_ones_own_named_square_is_not_autoattacks():
+    x, model = images(6), Changed()
+    own = Protocol(name="own", attacks=(AttackSpec(name="square", kind="custom", eps=0.9),))
+    report = evaluate(
+        model,
+        (x, torch.arange(6) % K),
+        own,
+        num_classes=K,
+        custom={"square": lambda m, x, y: x},
+        trust=True,
+    )
+    assert black_box(report.findings).verdict == "fine"
+
+
 def outcomes(n, **fooled):
     """A report of n samples of one class in two; of each attack the samples that it fooled."""
     kinds = {"AA": {"kind": "autoattack"}, "CW": {"kind": "cw", "step_size": 0.1, "steps": 9}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidType, InvalidValue
 from ferdlib._modes import borrowed, logits_of, modules_behind
+from ferdlib.attacks.lifted import Exact, exact_of, lifted
 
 Model = Callable[[Tensor], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -53,10 +55,11 @@ class Ascent:
         self.eps = _checks.per_sample("eps", self.eps, self.origin)
         self.step_size = _checks.per_sample("step_size", self.step_size, self.origin)
         # Tensors would have to be read on the host for this.
-        numbers = isinstance(self.eps, float) and isinstance(self.step_size, float)
-        if numbers and 0 < 2 * self.eps < self.step_size:
-            message = "step_size %g is more than twice eps %g; are they swapped?"
-            logging.getLogger("ferdlib").warning(message, self.step_size, self.eps)
+        if isinstance(self.eps, float) and isinstance(self.step_size, float):
+            if 0 < 2 * self.eps < self.step_size:
+                message = "step_size %g is more than twice eps %g; are they swapped?"
+                warn_once(message, self.step_size, self.eps)
+            warn_of_width(self.eps, self.bounds)
 
     def check_targets(self, targets: Tensor) -> None:
         """Check what the loss takes second: one entry for each image."""
@@ -67,14 +70,21 @@ class Ascent:
         _checks.one_device(x=self.x, targets=targets)
 
     def run(
-        self, loss: Loss, targets: Tensor, on_step: OnStep | None = None, stop: Stop | None = None
+        self,
+        loss: Loss,
+        targets: Tensor,
+        on_step: OnStep | None = None,
+        stop: Stop | None = None,
+        exact: Exact | None = None,
     ) -> Tensor:
         """Climb `loss(model(x'), targets)` and return the last iterate, in the dtype of x.
 
-        Samples that `stop` calls done keep their iterate, and leave the batch.
+        Samples that `stop` calls done keep their iterate, and leave the batch. `exact` is the direction of a loss
+        that is not known here.
         """
         _checks.callable_(loss=loss)
         _checks.callable_or_none(on_step=on_step)
+        exact = exact or exact_of(loss)
         # Of several models behind a callable, none is known to be the one to be trained.
         several = len(modules_behind(self.model)) > 1
         mode = None if self.train_mode and several else self.train_mode
@@ -88,8 +98,10 @@ class Ascent:
                 # A slice is a view, so a batch that stays whole is not copied.
                 here = adv[left].requires_grad_()
                 # A copy, since a model may write to its input, which autograd forbids here.
-                output = self.model(here.to(self.x.dtype, copy=True))
-                total = _total(loss, output, targets[left])
+                output, aims = self.model(here.to(self.x.dtype, copy=True)), targets[left]
+                # A loss of one's own may want more of the output than its logits.
+                seen = lifted(logits_of(output) if exact else output, aims, exact, self.train_mode)
+                total = _total(loss, seen, aims)
                 # The sign of NaN is 0 in torch: without this sum a broken model would pass for a robust one.
                 health = health + total.detach()
                 output = output.detach() if isinstance(output, Tensor) else output
@@ -120,6 +132,20 @@ class Ascent:
         """Project into the ball of these rows, and then into the bounds."""
         origin, eps = self.origin[rows], _rows(self.eps, rows)
         return (origin + (adv - origin).clamp(-eps, eps)).clamp(*self.bounds)
+
+
+@functools.cache
+def warn_once(message: str, *numbers: float) -> None:
+    """Log a warning that the next call of the same attack would only repeat."""
+    logging.getLogger("ferdlib").warning(message, *numbers)
+
+
+def warn_of_width(eps: float, bounds: tuple[float, float]) -> None:
+    """Warn of a radius that lets every image become any other, as 8 does in place of 8/255."""
+    width = bounds[1] - bounds[0]
+    if eps >= width:
+        said = "eps %g is as large as the width %g of the bounds: every image can become any other"
+        warn_once(f"{said}; did you mean %g/255?", eps, width, eps)
 
 
 def misclassified(labels: Tensor, train_mode: bool) -> Stop:
@@ -196,7 +222,7 @@ def _total(loss: Loss, output: Any, targets: Tensor) -> Tensor:
     except (TypeError, ValueError) as error:
         kind = InvalidType if isinstance(error, TypeError) else InvalidValue
         raise kind(str(error)) from error
-    # A sum in half precision would underflow or overflow; the sign of its gradient is all we use.
+    # A sum in half precision would underflow or overflow.
     total = wide(values).sum()
     if not total.requires_grad:
         raise no_gradient()

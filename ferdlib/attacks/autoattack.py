@@ -14,7 +14,8 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidValue, public
 from ferdlib._modes import ask, borrowed, modules_behind
-from ferdlib.attacks.ascent import Model, no_gradient, rounded_inside
+from ferdlib.attacks.ascent import Model, no_gradient, rounded_inside, warn_of_width
+from ferdlib.attacks.lifted import lifted
 
 OnBatch = Callable[[str, Tensor], None]
 
@@ -99,6 +100,7 @@ def autoattack(
     _checks.integer(0, seed=seed)
     _checks.callable_or_none(on_batch=on_batch)
     num_classes, batch_size, seed, eps = map(_checks.plain, (num_classes, batch_size, seed, eps))
+    warn_of_width(eps, (0.0, 1.0))
     logits = _Logits(model, x.dtype)
 
     def classes(batch: Tensor) -> Tensor:
@@ -123,6 +125,7 @@ def autoattack(
                 if len(rows) == 0:
                     break
                 found = perturb(images[rows], labels[rows]).detach()
+                logits.check()
                 # What is judged is what is returned, so it is rounded before and not after.
                 found = rounded_inside(found, x[rows], eps, (0.0, 1.0))
                 predicted = classes(found)
@@ -155,7 +158,9 @@ def square(
             resc_schedule=True,
         )
         found = attack.perturb(images, targets.clone())
-        return logits(found).argmax(dim=1) == targets
+        robust = logits(found).argmax(dim=1) == targets
+        logits.check()
+        return robust
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -168,10 +173,12 @@ class _Logits:
 
     Attributes:
         again: whether a forward is kept for several backwards, as untargeted FAB wants: one per class.
+        broken: a flag, True where the model made NaN of finite numbers; `check` reads it.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         self.model, self.dtype, self.again = model, dtype, False
+        self.broken: Tensor | None = None
 
     def __call__(self, batch: Tensor) -> Tensor:
         if torch.is_grad_enabled() and batch.requires_grad:
@@ -179,8 +186,20 @@ class _Logits:
         return self.forward(batch)
 
     def forward(self, batch: Tensor) -> Tensor:
-        (z,) = _checks.logits(**{"model(x)": ask(self.model, batch.to(self.dtype))})
-        return z.float()
+        output = ask(self.model, batch.to(self.dtype))
+        (z,) = _checks.logits(**{"model(x)": output})
+        self.watch(z.detach().isnan().any() & batch.detach().isfinite().all())
+        return lifted(output).float()  # type: ignore[no-any-return]
+
+    def watch(self, broken: Tensor) -> None:
+        """Remember a flag without reading it, which would stall an accelerator."""
+        self.broken = broken if self.broken is None else self.broken | broken
+
+    def check(self) -> None:
+        """Refuse a model that broke: the attacks of pyautoattack take NaN for an attempt that failed."""
+        if self.broken is not None and bool(self.broken):
+            came = "NaN or infinity; look at `model(x)` here"
+            raise InvalidState(f"expected finite logits and gradients, got {came}")
 
 
 def _attacks(
@@ -258,6 +277,7 @@ class _InputGradient(torch.autograd.Function):
         if of_x is None:
             raise no_gradient()
         ctx.logits = ctx.logits if keep else None
+        ctx.model.watch(~of_x.isfinite().all() & gradient.isfinite().all())
         # pyautoattack takes views of it.
         return of_x.contiguous(), None
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
 from ferdlib._modes import ask, borrowed, logits_of
-from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified, wide
+from ferdlib.attacks.ascent import Ascent, Loss, Model, OnStep, RandomStart, misclassified
+from ferdlib.attacks.lifted import of_divergence
 from ferdlib.losses import _kernels, cross_entropy, cw_margin
 
 
@@ -218,7 +219,7 @@ def utae_pgd(
     def away(output: Any, reference: Tensor) -> Tensor:
         logits = logits_of(output)
         _checks.logits(**{"reference_logits": reference, "model(x)": logits})
-        # Each term casts by itself: in half precision, gradients are added up as by two losses.
-        return _kernels.kl(reference, wide(logits)) - gamma * _kernels.uniformity(wide(logits))
+        return _kernels.kl(reference, logits) - gamma * _kernels.uniformity(logits)
 
-    return ascent.run(away, reference, on_step)
+    # The uniform term alone has a gradient of every sample.
+    return ascent.run(away, reference, on_step, exact=None if gamma else of_divergence)

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidValue, got, has_float64
 from ferdlib._modes import ask, lent
 from ferdlib.attacks import autoattack, pgd
-from ferdlib.attacks.ascent import NORMAL_START_SCALE, Model, predicted
+from ferdlib.attacks.ascent import NORMAL_START_SCALE, Model, predicted, rounded_inside
 from ferdlib.evaluation.protocols import AttackSpec
 from ferdlib.evaluation.samples import Block, uniform_noise
 from ferdlib.losses import cross_entropy, cw_margin
@@ -55,6 +56,8 @@ class Setting:
     batch_size: int
     custom: Mapping[str, CustomAttack] = field(default_factory=dict)
     early_stop: bool = True
+    # Samples by attack that it could not move: their gradients are zero.
+    unmoved: dict[str, int] = field(default_factory=dict)
 
     def logits(self, x: Tensor, *, differentiable: bool = False) -> Tensor:
         """Logits of the images, checked."""
@@ -136,11 +139,14 @@ def _iterated(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
     for restart in range(spec.restarts):
         x, y = block.x[alive], block.targets[alive]
         begin = _start(spec, setting.seed, restart, block.index[alive.cpu()], x)
-        path = _walk(setting, spec, x, y, begin)
+        path, still = _walk(setting, spec, x, y, begin)
         wrong = path != y
         # Of several largest, argmax finds the first.
         first = torch.where(wrong.any(dim=0), wrong.int().argmax(dim=0), steps + 1)
         fooled_at[alive] = torch.minimum(fooled_at[alive], first)
+        if restart == 0:
+            stood = int((still & ~wrong.any(dim=0)).sum())
+            setting.unmoved[spec.name] = setting.unmoved.get(spec.name, 0) + stood
         last = first.clamp(max=steps) if spec.judge == "any" else torch.full_like(first, steps)
         predictions[alive] = path.gather(0, last[None]).squeeze(0)
         # A sample must withstand all starts, so that one is enough.
@@ -151,8 +157,10 @@ def _iterated(setting: Setting, spec: AttackSpec, block: Block) -> Outcome:
     return Outcome(predictions.cpu(), fooled_at.cpu(), stages)
 
 
-def _walk(setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tensor | None) -> Tensor:
-    """Class of each iterate, `(steps + 1, N)`.
+def _walk(
+    setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Class of each iterate, `(steps + 1, N)`, and flags of the samples that ended where they began.
 
     Where any iterate decides, a sample is left out after the first misclassified one, and the label stands for
     the iterates that nobody looked at.
@@ -162,8 +170,11 @@ def _walk(setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tenso
     path = y.repeat(steps + 1, 1)
     alive = torch.arange(len(y), device=y.device)
 
-    def watch(step: int, _: Tensor, output: Any) -> None:
-        nonlocal alive
+    begin = x
+
+    def watch(step: int, x_adv: Tensor, output: Any) -> None:
+        nonlocal alive, begin
+        begin = x_adv if step == 0 else begin
         path[step, alive] = predicted(step, output)
         # `pgd` leaves out the same samples after this step.
         if stop:
@@ -183,9 +194,11 @@ def _walk(setting: Setting, spec: AttackSpec, x: Tensor, y: Tensor, start: Tenso
         on_step=watch,
         early_stop=stop,
     )
+    begin = rounded_inside(begin, x, spec.eps, setting.bounds)
+    still = (x_adv == begin).flatten(1).all(dim=1)
     if len(alive):
         path[steps, alive] = setting.logits(x_adv[alive]).argmax(dim=1)
-    return path
+    return path, still & (spec.eps > 0) & bool(spec.step_size)
 
 
 def _start(spec: AttackSpec, seed: int, restart: int, index: Tensor, x: Tensor) -> Tensor | None:
@@ -237,14 +250,14 @@ def custom_images(setting: Setting, spec: AttackSpec, block: Block) -> Tensor:
         shape = tuple(block.x.shape)
         raise InvalidValue(f"{wanted} return images of shape {shape}, got {got(x_adv)}")
     x_adv = x_adv.detach().to(block.x)
-    # Written so that a NaN is outside, too.
+    low, high = setting.bounds
+    # Written so that a NaN is outside, too; the sum x + eps is rounded to a number of the images' size.
     change = float((x_adv - block.x).abs().max())
-    if not change <= spec.eps + 1e-6:
-        raise InvalidValue(f"{wanted} stay within `eps` {spec.eps:g}, got a change of {change:g}")
-    (low, high), least, most = setting.bounds, float(x_adv.min()), float(x_adv.max())
-    if least < low or most > high:
-        came = f"values in [{least:g}, {most:g}]"
-        raise InvalidValue(f"{wanted} stay inside bounds [{low:g}, {high:g}], got {came}")
+    if not change <= spec.eps + 1e-6 + torch.finfo(block.x.dtype).eps * max(-low, high):
+        came = f"a change of {_checks.shown(change, spec.eps)}"
+        raise InvalidValue(f"{wanted} stay within `eps` {spec.eps:g}, got {came}")
+    if not bool(((x_adv >= low) & (x_adv <= high)).all()):
+        raise InvalidValue(f"{wanted} stay {_checks.outside(x_adv, low, high)}")
     return x_adv
 
 

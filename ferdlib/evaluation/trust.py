@@ -17,6 +17,7 @@ from ferdlib._modes import ask, borrowed, modules_behind
 from ferdlib.attacks import pgd
 from ferdlib.attacks.ascent import Model, checked_bounds
 from ferdlib.attacks.autoattack import square
+from ferdlib.attacks.lifted import lifted, of_cross_entropy
 from ferdlib.evaluation.attack import Setting, attacked
 from ferdlib.evaluation.protocols import AttackSpec, Protocol, resolve_protocol
 from ferdlib.evaluation.report import Finding, RobustnessReport
@@ -164,7 +165,8 @@ def _of_model(
 ) -> Iterator[Finding]:
     x, (low, high) = block.x, setting.bounds
     inside = bool(((x >= low) & (x <= high)).all())
-    evidence = f"values in [{x.min():g}, {x.max():g}], bounds [{low:g}, {high:g}]"
+    least, most = _checks.shown(float(x.min()), low), _checks.shown(float(x.max()), high)
+    evidence = f"values from {least} to {most}, bounds {low:g} to {high:g}"
     evidence += "" if inside else "; put normalisation inside the model"
     yield _finding("the images are inside the bounds", inside, evidence)
     once, twice = (
@@ -194,7 +196,7 @@ def _of_model(
     yield gradients
     yield _rising(setting, block, attack)
     yield _falling(setting, block, attack)
-    has_square = report is not None and any("square" in s for s in report.stages.values())
+    has_square = report is not None and any(m.endswith("/square") for m in _members(report))
     if not has_square and setting.bounds == (0.0, 1.0) and attack.eps > 0:
         yield _black_box(setting, block, attack)
 
@@ -206,7 +208,9 @@ def _gradients(setting: Setting, block: Block) -> Finding | None:
         leaf = batch.x.detach().clone().requires_grad_()
         with torch.enable_grad():
             logits = setting.shaped(ask(setting.model, leaf), len(batch))
-            loss = cross_entropy(logits, batch.targets).sum()
+            # As an attack does, to which a confident sample's gradient is not lost by rounding.
+            seen = lifted(logits, batch.targets, of_cross_entropy)
+            loss = cross_entropy(seen, batch.targets).sum()
             # A model that detaches its logits has no gradient to look at.
             if not loss.requires_grad:
                 return None
@@ -262,7 +266,8 @@ def _rising(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
 
 def _falling(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
     """Robust accuracy at growing radii, up to one at which every image can become any other."""
-    width = setting.bounds[1] - setting.bounds[0]
+    # A little less than the whole width, of which an attack would warn.
+    width = (setting.bounds[1] - setting.bounds[0]) * (1 - 1e-9)
     radii = sorted({min(width, factor * attack.eps) for factor in (1, 2, 4, 8)} | {width})
     accuracies = []
     # Any iterate counts, so that steps too large for the last one do not look like robustness.
@@ -291,6 +296,10 @@ def _black_box(setting: Setting, block: Block, attack: AttackSpec) -> Finding:
         _few(found, len(block)),
         f"{QUERIES} queries fooled {found} of the {len(rest)} images that PGD and CW left",
     )
+
+
+def _members(report: RobustnessReport) -> list[str]:
+    return [member for spec in report.protocol.attacks for member in report.members(spec.name)]
 
 
 def _few(found: int, samples: int) -> bool:

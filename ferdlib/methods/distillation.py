@@ -11,12 +11,20 @@ from torch import Tensor, nn
 from ferdlib import _checks, losses
 from ferdlib._modes import ask, borrowed
 from ferdlib.attacks import pgd
+from ferdlib.attacks.ascent import warn_once
 from ferdlib.losses import MTARDBalance
 from ferdlib.methods.protocol import Batch, Distilled, Reference, Terms, teacher_logits
 from ferdlib.reweight import ClassMean
 
 # Epochs after which the rates of MTARD and ABSLD fall to a tenth.
 DROPS = (215, 260, 285)
+
+
+def check_share(alpha: float) -> None:
+    """Check the share `alpha` of a loss; warn of one that must be a step, which torchattacks calls so."""
+    _checks.real(0, 1, alpha=alpha)
+    if 0 < alpha <= 16 / 255:
+        warn_once("alpha %g is the share of a loss here; did you mean step_size=%g?", alpha, alpha)
 
 
 @dataclass(kw_only=True)
@@ -40,8 +48,8 @@ class ARD(Distilled):
 
     def check(self) -> None:
         super().check()
-        _checks.positive(temperature=self.temperature)
-        _checks.real(0, 1, alpha=self.alpha)
+        _checks.divisor(temperature=self.temperature)
+        check_share(self.alpha)
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         adv = ask(student, batch.x_adv)
@@ -198,7 +206,7 @@ class AdaAD(Distilled):
 
     def check(self) -> None:
         super().check()
-        _checks.real(0, 1, alpha=self.alpha)
+        check_share(self.alpha)
 
     def reference(self, x: Tensor) -> Reference:
         return super().reference(x) if self.alpha < 1 else None
