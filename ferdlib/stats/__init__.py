@@ -22,6 +22,7 @@ from torch import Tensor
 from ferdlib import _checks, metrics
 from ferdlib._checks import InvalidType, InvalidValue, got, public
 from ferdlib.stats.draws import binomials, resampled, true_squares
+from ferdlib.stats.limits import normal_quantile, nsd, nsd_of_box, simultaneous
 
 __all__ = [
     "average_interval",
@@ -61,11 +62,12 @@ def wilson_interval(correct: Tensor, totals: Tensor, *, confidence: float = 0.95
     """
     # scipy has it for one class per call.
     x, n = (counts.double() for counts in _counts(correct, totals, confidence))
-    z = _normal_quantile(confidence)
+    z = normal_quantile(confidence)
     centre, half = 2 * x + z**2, z * (z**2 + 4 * x * (n - x) / n).sqrt()
     limits = torch.stack([centre - half, centre + half], dim=1) / (2 * (n + z**2))[:, None]
-    # They are inside [0, 1], but for rounding.
-    return limits.clamp(0, 1)
+    # They are inside [0, 1] and around the accuracy, but for rounding.
+    low, high = limits.clamp(0, 1).T
+    return torch.stack([low.minimum(x / n), high.maximum(x / n)], dim=1)
 
 
 @public
@@ -85,7 +87,7 @@ def simultaneous_interval(correct: Tensor, totals: Tensor, *, confidence: float 
                 [0.0000, 0.1962],
                 [   nan,    nan]], dtype=torch.float64)
     """
-    return _simultaneous(*_counts(correct, totals, confidence), confidence)
+    return simultaneous(*_counts(correct, totals, confidence), confidence)
 
 
 @public
@@ -101,7 +103,7 @@ def worst_class_interval(correct: Tensor, totals: Tensor, *, confidence: float =
         >>> worst_class_interval(torch.tensor([27, 36, 48]), torch.tensor([54, 54, 54]))
         tensor([0.3339, 0.6661], dtype=torch.float64)
     """
-    limits = _simultaneous(*_counts(correct, totals, confidence, least=2), confidence)
+    limits = simultaneous(*_counts(correct, totals, confidence, least=2), confidence)
     return metrics.worst_class(limits.T)
 
 
@@ -122,7 +124,7 @@ def worst_fraction_interval(
     """
     _checks.positive(fraction=fraction)
     _checks.real(0, 1, fraction=fraction)
-    limits = _simultaneous(*_counts(correct, totals, confidence, least=2), confidence)
+    limits = simultaneous(*_counts(correct, totals, confidence, least=2), confidence)
     return metrics.worst_fraction(limits.T, fraction)
 
 
@@ -132,9 +134,10 @@ def average_interval(
 ) -> Tensor:
     r"""Interval for the macro average: bootstrap percentiles, stratified by class.
 
-    A resample of the $n_k$ samples of class k is a draw of $\mathrm{Bin}(n_k, x_k / n_k)$. The coverage falls
-    where hardly a sample is classified wrong, or right, as what was not seen is not resampled; if all are right,
-    the interval has no width. The sum over more than 200 classes is drawn from its normal limit.
+    A resample of the $n_k$ samples of class k is a draw of $\mathrm{Bin}(n_k, x_k / n_k)$, which never leaves 0
+    or 1. So the classes that are all wrong add Wilson's upper limit of 0 right in their samples together, and
+    those that are all right its mirror image, in quadrature: their error is independent of the others'. The sum
+    over more than 200 classes is drawn from its normal limit.
 
     Example:
         >>> counts = torch.tensor([27, 36, 48]), torch.tensor([54, 54, 54])
@@ -142,9 +145,20 @@ def average_interval(
         tensor([0.6200, 0.7500], dtype=torch.float64)
     """
     x, n = _present(correct, totals, confidence)
-    means, _ = resampled(x / n, n, draws, seed)
+    acc, square = x / n, normal_quantile(confidence) ** 2
+    means, _ = resampled(acc, n, draws, seed)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    return means.quantile(torch.tensor(tails, dtype=torch.float64, device="cpu"))
+    quantiles = means.quantile(torch.tensor(tails, dtype=torch.float64, device="cpu"))
+    ends = []
+    for sign, end, limit in zip((-1, 1), (1, 0), quantiles, strict=True):
+        # As many samples as give the mean of these classes its variance, if their sizes differ.
+        samples = n[acc == end]
+        worth = len(samples) ** 2 / (1 / samples).sum().clamp(min=1e-300)
+        unseen = len(samples) / max(len(n), 1) * square / (worth + square)
+        far = ((limit - acc.mean()).square() + unseen.square()).sqrt()
+        limit = torch.where(unseen > 0, acc.mean() + sign * far, limit)
+        ends.append((sign * limit).maximum(sign * acc.mean()) * sign)
+    return torch.stack(ends).clamp(0, 1)
 
 
 @public
@@ -168,7 +182,8 @@ def nsd_interval(
 
     The resamples are drawn from accuracies pulled towards their mean until their NSD is T, and the limits are
     bias-corrected percentiles (Efron 1981) of the resamples' T. So the measured NSD may lie above the upper
-    limit where the classes hardly differ.
+    limit where the classes hardly differ. If every class is all right or all wrong, all resamples are alike: the
+    limits are then the least and the largest NSD of accuracies inside those of `simultaneous_interval`.
 
     `ddof` >= 0 is that of `metrics.nsd`. The result is `nan` also if no sample was classified right, or if no more
     than `ddof` classes are present.
@@ -183,17 +198,21 @@ def nsd_interval(
     if ddof >= len(n) or not bool(x.any()):
         return torch.full((2,), math.nan, dtype=torch.float64, device="cpu")
     acc = x / n
-    mean, measured = acc.mean(), (acc - acc.mean()).square().sum()
+    measured = nsd(acc, ddof)
+    if bool(((x == 0) | (x == n)).all()):
+        low, high = nsd_of_box(simultaneous(x, n, confidence), ddof)
+        return torch.stack([low.minimum(measured), high.maximum(measured)])
+    mean, squares = acc.mean(), (acc - acc.mean()).square().sum()
     # The spread of the measured accuracies is that of the truth and of noise: take the noise out.
-    pull = torch.where(measured > 0, (true_squares(acc, n) / measured).sqrt(), 0)
+    pull = torch.where(squares > 0, (true_squares(acc, n) / squares).sqrt(), 0)
     means, squares = resampled((mean + pull * (acc - mean)).clamp(0, 1), n, draws, seed)
     t = (squares / (len(n) - ddof)).sqrt() / means
-    # A resample without a single success has no NSD.
-    t = t[~t.isnan()]
     estimate = (true_squares(acc, n) / (len(n) - ddof)).sqrt() / mean
+    # A resample without a single success has no NSD.
+    t = t[~t.isnan()] if not bool(t.isnan().all()) else estimate[None]
     # With ties, up to rounding: where classes hardly differ, T is 0 in the data and most resamples.
     bias = torch.special.ndtri((t <= estimate + 1e-12).double().mean())
-    spread = _normal_quantile(confidence) * torch.tensor([-1.0, 1.0], device="cpu").double()
+    spread = normal_quantile(confidence) * torch.tensor([-1.0, 1.0], device="cpu").double()
     low, high = t.quantile(torch.special.ndtr(2 * bias + spread))
     # A share of ties near 1 would move even the lower limit beyond them.
     return torch.stack([low.minimum(estimate), high.maximum(estimate)])
@@ -320,21 +339,6 @@ def paired_permutation(
     return difference, (1 + draws - smaller) / (draws + 1)
 
 
-def _simultaneous(x: Tensor, n: Tensor, confidence: float) -> Tensor:
-    """Clopper-Pearson limits `(K, 2)`: quantiles of Beta(x, n - x + 1) and Beta(x + 1, n - x)."""
-    from scipy.special import betaincinv
-
-    present = max(int((n > 0).sum()), 1)
-    tail = -math.expm1(math.log(confidence) / present) / 2
-
-    def lower(x: Tensor) -> Tensor:
-        limit = betaincinv(x.clamp(min=1).double().numpy(), (n - x + 1).double().numpy(), tail)
-        return torch.where(x > 0, torch.from_numpy(limit), 0).where(n > 0, math.nan)
-
-    # The upper limit for x is 1 - the lower limit for the n - x others.
-    return torch.stack([lower(x), 1 - lower(n - x)], dim=1)
-
-
 def _counts(
     correct: Tensor, totals: Tensor, confidence: float, *, least: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -354,13 +358,6 @@ def _present(correct: Tensor, totals: Tensor, confidence: float) -> tuple[Tensor
     """Counts of the classes that have samples, checked."""
     x, n = _counts(correct, totals, confidence, least=2)
     return x[n > 0].double(), n[n > 0].double()
-
-
-def _normal_quantile(confidence: float) -> Tensor:
-    z: Tensor = torch.special.ndtri(
-        torch.tensor((1 + confidence) / 2, dtype=torch.float64, device="cpu")
-    )
-    return z
 
 
 def _vectors(dtype: torch.dtype, least: int, /, **named: Tensor) -> list[Tensor]:
