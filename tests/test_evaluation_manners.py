@@ -85,6 +85,19 @@ def test_errors_name_the_argument(change, error, argument):
         run(**change)
 
 
+def test_many_absent_classes_are_one_line(caplog):
+    names = [f"c{k}" for k in range(1000)]
+
+    def model(x):
+        return nn.functional.pad(make_tiny_model(K)(x), (0, 1000 - K))
+
+    with caplog.at_level(logging.WARNING, logger="ferdlib"):
+        report = run(model=model, num_classes=1000, class_names=names)
+    listed = ", ".join(names[K : K + 10]) + f" and {1000 - K - 10} more"
+    assert caplog.messages == [f"evaluate: no samples of {listed}; left out of every figure"]
+    assert f"left out of every figure: {listed}\n" in f"{report}\n"
+
+
 def test_groups_that_are_too_short_are_found_before_the_work():
     calls = []
     with pytest.raises(ValueError, match="`groups` for every index of `data`, got 11 for an index"):
@@ -98,7 +111,9 @@ def test_groups_that_are_too_short_are_found_before_the_work():
         (lambda x: x + 0.2, "within `eps` 0.1, got a change of 0.2"),
         (lambda x: x * torch.nan, "within `eps` 0.1, got a change of nan"),
         (lambda x: x.add_(0.2), "within `eps` 0.1, got a change of 0.2"),
-        (lambda x: x - 0.05, r"inside bounds \[0, 1\], got values in"),
+        (lambda x: x + 0.1001, r"within `eps` 0\.1, got a change of 0\.1001"),
+        (lambda x: (x + 0.05).clamp(max=1 + 2e-7), r"from 0\.\d+ to 1\.0000002; clamp them to"),
+        (lambda x: x - 0.05, "inside bounds 0 to 1, got values from"),
         (lambda x: x[1:], r"of shape \(12, 2, 6, 6\), got a float32 tensor"),
         (lambda x: None, r"of shape \(12, 2, 6, 6\), got NoneType"),
     ],
@@ -201,7 +216,7 @@ def test_an_absent_class_is_left_out_with_a_word(caplog):
     assert (Y == 2).any()
     with caplog.at_level(logging.WARNING, logger="ferdlib"):
         report = run(data=(X[few], Y[few]), class_names=["a", "b", "gone"], trust=True)
-    assert caplog.messages == ["evaluate: no samples of 'gone'; it is left out of every figure"]
+    assert caplog.messages == ["evaluate: no samples of gone; left out of every figure"]
     found = report["PGD-10"]
     assert found.class_accuracy[2].isnan()
     assert found.average == pytest.approx(float(found.class_accuracy[:2].mean()))

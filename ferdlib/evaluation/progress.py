@@ -16,7 +16,7 @@ class Progress:
         self.counts = torch.zeros(2, len(names), dtype=torch.int64, device="cpu")
         if shown:
             try:
-                from tqdm import tqdm
+                from tqdm.auto import tqdm
             except ImportError as error:
                 raise ImportError(
                     "evaluate: expected tqdm for `progress`, got none; pip install tqdm"

@@ -105,6 +105,12 @@ class RobustnessReport:
         return self.targets if self.groups is None else self.groups
 
     @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the rows without samples."""
+        counts = torch.bincount(self.rows, minlength=len(self.row_names)).tolist()
+        return tuple(name for name, n in zip(self.row_names, counts, strict=True) if n == 0)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """ "clean", the attacks in their order, "worst case"."""
         return (*self.predictions, WORST_CASE)
@@ -193,28 +199,29 @@ class RobustnessReport:
             "in %, with 95 % intervals; NSD and target entropy as fractions. The interval of NSD is for the true\n"
             "accuracies: sampling noise only adds to the measured one, which may lie above it.\n",
             *(f"{table.aligned(rows)}\n" for rows in self._tables()),
-            *self._notes(),
-            *map(str, self.findings),
+            *map(table.one_line, [*self._notes(), *map(str, self.findings)]),
         ]
         return "\n".join(parts)
 
     def to_markdown(self) -> str:
         """Both tables, and under them all that a reader needs to judge and repeat them."""
         # A paragraph each, in the order of the text.
-        winners, *notes = self._notes()
-        heading, *attacks = str(self.protocol).splitlines()
+        winners, *notes = map(table.markdown, self._notes())
+        attacks = [table.markdown(str(attack)) for attack in self.protocol.attacks]
+        protocol = table.markdown(f"{self.protocol.name} (seed {self.protocol.seed})")
         parts = [
-            f"**{self._title()}**",
+            f"**{table.markdown(self._title())}**",
             "In %, with 95 % intervals (NSD and target entropy as fractions): average and NSD by the bootstrap, "
             "worst class and worst 10 % from bounds that hold for all rows together, each row by Wilson. The "
             "target entropy is a mean over classes. Indented: AutoAttack up to that member.",
             *map(table.piped, self._tables()),
             f"{winners}.",
             *notes,
-            "\n".join([f"Protocol {heading}:", "", *(f"- {attack.strip()}" for attack in attacks)]),
+            "\n".join([f"Protocol {protocol}:", "", *(f"- {attack}" for attack in attacks)]),
         ]
         if self.findings:
-            parts.append("\n".join(["Trust checks:", "", *(f"- {f}" for f in self.findings)]))
+            findings = (f"- {table.markdown(str(finding))}" for finding in self.findings)
+            parts.append("\n".join(["Trust checks:", "", *findings]))
         if self.manifest:
             parts.append(self._origin())
         return "\n\n".join(parts) + "\n"
@@ -270,11 +277,8 @@ class RobustnessReport:
             for spec in self.protocol.attacks
             if spec.survivors
         ]
-        absent = [
-            row for row, n in zip(self.row_names, self["clean"].totals, strict=True) if n == 0
-        ]
-        if absent:
-            notes.append(f"no samples, left out of every figure: {', '.join(absent)}")
+        if absent := self.absent:
+            notes.append(f"no samples, left out of every figure: {table.listed(absent)}")
         return notes
 
     def _origin(self) -> str:

@@ -6,6 +6,8 @@ import logging
 import os
 import platform
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -24,8 +26,8 @@ from ferdlib._checks import InvalidType, InvalidValue, got, public
 from ferdlib._modes import borrowed
 from ferdlib.attacks.ascent import Model, checked_bounds
 from ferdlib.checkpoints import digest
-from ferdlib.evaluation import attack
-from ferdlib.evaluation.attack import CustomAttack, Outcome, Setting
+from ferdlib.evaluation import attack, table
+from ferdlib.evaluation.attack import CustomAttack, Setting
 from ferdlib.evaluation.progress import Progress
 from ferdlib.evaluation.protocols import Protocol, resolve_protocol
 from ferdlib.evaluation.report import RobustnessReport
@@ -34,6 +36,8 @@ from ferdlib.evaluation.samples import Block, Samples, device_of
 from ferdlib.evaluation.trust import FewOfEach, trust_checks
 from ferdlib.models import FrozenModel
 from ferdlib.models.freeze import compare as compare_copy
+
+UNMOVED = "evaluate: %s left %d samples where they began, for their gradients are zero: it tells nothing of them"
 
 
 @public
@@ -175,6 +179,9 @@ def evaluate(
             bar.add(block, run.block(block, bar))
             if trust:
                 few.add(block)
+    for name, count in setting.unmoved.items():
+        if count:
+            logging.getLogger("ferdlib").warning(UNMOVED, name, count)
     if not run.blocks:
         raise InvalidValue("expected `data` with at least one sample, got none")
     manifest = _manifest(model, where, fast, fingerprint)
@@ -200,16 +207,19 @@ class _Run:
         self, setting: Setting, protocol: Protocol, records: Records | None, device: torch.device
     ) -> None:
         self.setting, self.protocol, self.records, self.device = setting, protocol, records, device
-        self.blocks: list[Block] = []
+        self.blocks = 0
+        # Plain arrays that grow: small tensors of a block would stay between the large ones of the next, and keep
+        # the allocator from ever giving memory back.
+        self.kept: defaultdict[str, array[int]] = defaultdict(partial(array, "q"))
         self.data: dict[str, Any] = {}
         self.digest = 0
         names = ["clean", *(spec.name for spec in protocol.attacks)]
-        self.outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+        self.stages: dict[str, tuple[str, ...]] = {}
         self.seconds = dict.fromkeys(names, 0.0)
 
     def block(self, block: Block, bar: Progress) -> Tensor:
         """Attack a block, or read what was found earlier; return which samples withstood everything, `(N,)`."""
-        number, digest = len(self.blocks), block.digest()
+        number, digest = self.blocks, block.digest()
         self.digest = (self.digest + digest) % 2**128
         self.data = {"shape": list(block.x.shape[1:]), "dtype": str(block.x.dtype)[6:]}
         here = block.to(self.device)
@@ -218,7 +228,7 @@ class _Run:
         # The label, or the class that a sample fell to under the attacks so far.
         before = block.targets
         specs = {spec.name: spec for spec in self.protocol.attacks}
-        for name, outcomes in self.outcomes.items():
+        for name in self.seconds:
             bar.say(name)
             found = self.records.load(name, number, digest) if self.records is not None else None
             if found is None:
@@ -233,14 +243,19 @@ class _Run:
                 found = outcome, time.perf_counter() - start
                 if self.records is not None:
                     self.records.save(name, number, digest, *found)
-            outcomes.append(found[0])
-            self.seconds[name] += found[1]
-            before = torch.where(before == block.targets, found[0].predictions, before)
-        # Drop the pixels; a slice would keep the whole batch alive.
-        self.blocks.append(
-            Block(block.index, torch.empty(len(block), 0, device="cpu"), block.targets)
-        )
+            outcome, seconds = found
+            self._keep(f"{name} predictions", outcome.predictions)
+            self._keep(f"{name} fooled_at", outcome.fooled_at)
+            self.stages.setdefault(name, outcome.stages)
+            self.seconds[name] += seconds
+            before = torch.where(before == block.targets, outcome.predictions, before)
+        self._keep("index", block.index)
+        self._keep("targets", block.targets)
+        self.blocks += 1
         return before == block.targets
+
+    def _keep(self, figure: str, values: Tensor) -> None:
+        self.kept[figure].frombytes(values.numpy().tobytes())
 
     def report(
         self,
@@ -250,16 +265,13 @@ class _Run:
         manifest: dict[str, Any],
     ) -> RobustnessReport:
         """Put the blocks together, in the order of the index."""
-        whole = Block.joined(self.blocks)
+        whole = {k: torch.frombuffer(v, dtype=torch.int64) for k, v in self.kept.items()}
         # Reports of one data set are in one order, however it was read.
-        order = whole.index.argsort(stable=True)
-        index = whole.index[order]
+        order = whole["index"].argsort(stable=True)
+        index = whole["index"][order]
 
         def joined(figure: str) -> dict[str, Tensor]:
-            return {
-                name: torch.cat([getattr(outcome, figure) for outcome in found])[order]
-                for name, found in self.outcomes.items()
-            }
+            return {name: whole[f"{name} {figure}"][order] for name in self.seconds}
 
         data = {"samples": len(index), **self.data, "fingerprint": f"{self.digest:032x}"}
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -267,19 +279,18 @@ class _Run:
             protocol=self.protocol,
             class_names=class_names,
             index=index,
-            targets=whole.targets[order],
+            targets=whole["targets"][order],
             predictions=joined("predictions"),
             fooled_at=joined("fooled_at"),
-            stages={name: found[0].stages for name, found in self.outcomes.items()},
+            stages=self.stages,
             groups=None if groups is None else groups[index],
             group_names=group_names,
             manifest={**manifest, "data": data, "bounds": list(self.setting.bounds)},
             timing={"created": created, "seconds": self.seconds},
         )
-        said = "evaluate: no samples of %r; it is left out of every figure"
-        for row, count in zip(report.row_names, report["clean"].totals, strict=True):
-            if count == 0:
-                logging.getLogger("ferdlib").warning(said, row)
+        if absent := report.absent:
+            said = "evaluate: no samples of %s; left out of every figure"
+            logging.getLogger("ferdlib").warning(said, table.listed(absent))
         return report
 
 

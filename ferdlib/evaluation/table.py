@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -22,8 +24,27 @@ FEW_ROWS = 10
 ROWS_SHOWN, ROWS_OF_MANY = 20, 10
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters, which would end a row."""
+    return "".join(mark if mark.isprintable() else " " for mark in text)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    marked = html.escape(one_line(text), quote=False)
+    return re.sub(r"([\\|`*_~$]|\](?=\())", r"\\\1", marked)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of many, and how many more there are."""
+    more = len(names) - ROWS_OF_MANY
+    shown = names if len(names) <= ROWS_SHOWN else names[:ROWS_OF_MANY]
+    return ", ".join(map(one_line, shown)) + f" and {more} more" * (len(shown) < len(names))
+
+
 def aligned(rows: Rows) -> str:
     """Table of a terminal: the first column to the left, the others to the right."""
+    rows = [list(map(one_line, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -37,7 +58,7 @@ def piped(rows: Rows) -> str:
     """Table of Markdown; a first cell that is indented stays so."""
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (cell.replace("|", r"\|") for cell in cells)
+        first, *others = map(markdown, cells)
         if first.startswith("  "):
             first = first.replace("  ", "&nbsp;&nbsp;", 1)
         return "| " + " | ".join([first, *others]) + " |"
@@ -47,11 +68,19 @@ def piped(rows: Rows) -> str:
 
 
 def comma_separated(rows: Iterable[Iterable[object]]) -> str:
-    """Lines of CSV; numbers in full, a NaN as nothing."""
+    """Lines of CSV; numbers in full, a NaN as nothing, a name that a spreadsheet would compute behind a `'`."""
+
+    def cell(value: object) -> object:
+        if isinstance(value, float) and math.isnan(value):
+            return ""
+        # A word behind the sign, or a formula; a number alone is harmless.
+        formula = isinstance(value, str) and re.match(r"\s*([=@]|[+-](?![\d.]+$))", value)
+        return f"'{value}" if formula else value
+
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     for row in rows:
-        out.writerow("" if isinstance(v, float) and math.isnan(v) else v for v in row)
+        out.writerow(map(cell, row))
     return text.getvalue()
 
 
@@ -70,7 +99,11 @@ def _marked(column: Sequence[str], *, less: bool) -> list[str]:
 def _tex(text: str) -> str:
     escaped = {mark: rf"\{mark}" for mark in "&%$#_{}"}
     escaped |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(escaped.get(mark, mark) for mark in text)
+    escaped |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    # At the start of a row they would be arguments of the \\ before it.
+    escaped |= {mark: f"{{{mark}}}" for mark in "[*"}
+    # Two hyphens would be a dash.
+    return re.sub("-(?=-)", "-{}", "".join(escaped.get(mark, mark) for mark in one_line(text)))
 
 
 def number(value: float, digits: int) -> str:
@@ -83,6 +116,12 @@ def _with_interval(value: float, interval: Tensor, digits: int) -> str:
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
+def _with_ties(found: AttackResult) -> str:
+    """Name of the worst row, and how many others are as bad."""
+    others = int((found.class_accuracy == found.worst_class).sum()) - 1
+    return found.worst_name + f" and {others} more" * (others > 0)
+
+
 def figure_rows(results: Iterable[tuple[str, AttackResult]]) -> Rows:
     """Average, worst class, worst 10 %, NSD and target entropy of each result, under its heading."""
     rows: list[list[str]] = []
@@ -92,7 +131,7 @@ def figure_rows(results: Iterable[tuple[str, AttackResult]]) -> Rows:
             heading,
             _with_interval(100 * found.average, 100 * found.average_interval, 1),
             _with_interval(100 * found.worst_class, 100 * found.worst_class_interval, 1),
-            found.worst_name,
+            _with_ties(found),
         ]
         if many:
             row.append(_with_interval(100 * found.worst_10, 100 * found.worst_10_interval, 1))
