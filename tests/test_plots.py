@@ -126,11 +126,9 @@ def test_class_names_are_readable(name, k, named):
     draw(ax)
     expected = names or [str(c) for c in range(k)]
     if name == "plot_survival":
-        assert set(legend(ax)[1:]) <= {
-            name + end
-            for name in names or [f"class {c}" for c in range(k)]
-            for end in ("", ", ends at 0.0")
-        }
+        every = names or [f"class {c}" for c in range(k)]
+        ends = ", ends at 0.0" if k <= 12 else f" and {4 * k // 5 - 1} more, which end at 0.0"
+        assert set(legend(ax)[1:]) <= {name + end for name in every for end in ("", ends)}
         assert len(legend(ax)) == (k + 1 if k <= 12 else 2)
         return
     pitch, first = (5, 1.5) if name == "plot_images" else (1, 0)  # 4 pixels and a gap
@@ -170,6 +168,52 @@ def test_the_axis_ends_at_the_next_ten():
     ax = plots.plot_classes({"a": torch.tensor([0.2, 0.8], dtype=torch.float32)})
     assert ax.get_yticks().tolist() == [0, 20, 40, 60, 80]
     assert 80 < ax.get_ylim()[1] < 85
+
+
+def test_every_class_that_is_as_bad_as_the_worst_is_marked():
+    tied = {"a": torch.tensor([0.5, 0.25, 0.25, 0.5])}
+    ax = plots.plot_classes(tied)
+    assert [bar.get_x() + bar.get_width() / 2 for bar in ax.containers[1]] == [1, 2]
+    assert texts(ax.texts) == ["25.0"]
+    close(plots.plot_classes(tied, kind="points").lines[1].get_xydata(), [(1, 25), (2, 25)])
+
+
+@pytest.mark.parametrize("kind", ["bars", "points", "lines"])
+@pytest.mark.parametrize("accuracy", [0.0, 0.02, 0.97])
+def test_an_axis_of_accuracies_ends_at_0_and_100(kind, accuracy):
+    """Values that find no room below 100 % stand above the frame, apart from each other."""
+    rows = {f"model {i}": torch.tensor([accuracy + i / 1000, 1.0]) for i in range(7)}
+    ax = plots.plot_classes(rows, kind=kind)
+    draw(ax)
+    assert ax.get_ylim()[0] == 0
+    assert 100 < ax.get_ylim()[1] <= 103
+    assert apart(ax.texts)
+    assert plots.plot_weights(A, A + 0.1).get_ylim()[1] <= 103
+
+
+def test_only_kind_lines_connects_classes_which_have_no_order():
+    styles = [
+        plots.plot_classes({"a": A}, kind=k).lines[0].get_linestyle() for k in ("points", "lines")
+    ]
+    assert styles == ["None", "-"]
+    assert plots.plot_weights(A, A).figure.axes[-1].lines[0].get_linestyle() == "None"
+
+
+def test_names_are_written_as_they_are():
+    """No formulas, and none left out."""
+    names = ["US$ 5", "$x_1^{", "_hidden"]
+    rows = dict.fromkeys(names, A)
+    sweep = dict.fromkeys(names, torch.ones(2))
+    y = torch.arange(3)
+    for ax in (
+        plots.plot_classes(rows, class_names=names),
+        plots.plot_confusion(COUNTS, class_names=names),
+        plots.plot_sweep([1, 2], sweep, xlabel="x", ylabel="y"),
+        plots.plot_survival(y, y, num_classes=3, steps=2, class_names=names),
+    ):
+        draw(ax)
+        written = legend(ax) if ax.get_legend() else texts(ax.get_xticklabels())
+        assert [name for name in names if any(text.startswith(name) for text in written)] == names
 
 
 def test_an_absent_class_is_a_gap():
@@ -217,7 +261,7 @@ def test_values_of_the_same_worst_class_do_not_overlap(kind, models):
     for text in ax.texts:
         box = text.get_window_extent()
         assert inside.y0 < box.y0
-        assert box.y1 < inside.y1
+        assert box.y1 < inside.y1 + 1
 
 
 def test_a_value_stays_under_its_line_where_there_is_room():
@@ -345,6 +389,16 @@ def test_sweep_is_mean_deviation_and_runs_in_ascending_order():
     assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("γ", "NSD", ["a", "b"])
 
 
+def test_sweep_with_intervals():
+    """In ascending order; a figure without them has none, and nan draws none."""
+    ends = torch.tensor([[0.5, 3.0], [1.0, 2.0], [nan, nan]])
+    figures = {"a": torch.tensor([1.0, 1.5, 2.0]), "b": torch.ones(3)}
+    ax = plots.plot_sweep([2, 1, 3], figures, intervals={"a": ends}, xlabel="x", ylabel="y")
+    (bars,) = ax.collections
+    close(np.array(bars.get_segments()[:2]), [[(1, 1), (1, 2)], [(2, 0.5), (2, 3)]])
+    draw(ax)
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
 def test_sweep_of_single_runs_has_no_band(shape):
     ax = plots.plot_sweep([1, 2, 3], {"a": torch.ones(shape)}, xlabel="x", ylabel="y")
@@ -403,8 +457,8 @@ def test_survival_by_hand():
     close(deer.get_ydata(), [100, 50, 50, 50])
     close(mean.get_ydata(), [87.5, 62.5, 50, 50])
     assert {line.get_drawstyle() for line in ax.lines} == {"steps-mid"}
-    assert cat.get_linewidth() > deer.get_linewidth()  # of equals, the first
-    assert legend(ax) == ["mean over classes", "cat, ends at 50.0", "deer"]
+    assert cat.get_linewidth() == deer.get_linewidth() == 2.5  # equals
+    assert legend(ax) == ["mean over classes", "cat, ends at 50.0", "deer, ends at 50.0"]
     assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 3.5), (0, 102))
 
 

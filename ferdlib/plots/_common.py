@@ -78,6 +78,13 @@ def on_host(value: Tensor) -> Tensor:
     return value.detach().cpu().double()
 
 
+def legend(ax: Axes, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Write names beside their handles as they are: neither formulas nor, with a leading "_", left out."""
+    made = ax.legend(handles, ["name"] * len(names), **LEGEND)
+    for text, name in zip(made.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
+
+
 def tick_classes(
     ax: Axes,
     names: Sequence[str] | None,
@@ -98,7 +105,7 @@ def tick_classes(
     step = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if s >= fewest), k)
     ticks = [first + pitch * c for c in range(0, k, step)]
     if "y" in which:
-        ax.set_yticks(ticks, labels[::step])
+        ax.set_yticks(ticks, labels[::step], parse_math=False)
     if "x" in which:
         style: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-        ax.set_xticks(ticks, labels[::step], **style)
+        ax.set_xticks(ticks, labels[::step], parse_math=False, **style)

@@ -12,11 +12,13 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
 from ferdlib.plots import _common
-from ferdlib.plots._common import COLOURS, LEGEND, MARKERS
+from ferdlib.plots._common import COLOURS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# The end of an axis of accuracies in %, and some room for a marker at 100.
+ROOF = 103
 # Inches of a small "23.8": its length, its height with some space, and with less if it stands upright.
 LENGTH, HEIGHT, TIGHT = 0.3, 0.15, 0.105
 
@@ -26,26 +28,26 @@ def plot_classes(
     accuracies: Mapping[str, Tensor],
     *,
     intervals: Mapping[str, Tensor] | None = None,
-    kind: Literal["bars", "lines"] = "bars",
+    kind: Literal["bars", "points", "lines"] = "bars",
     class_names: Sequence[str] | None = None,
     ylabel: str = "accuracy (%)",
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the class-wise accuracy of several models or attacks (FERD Fig. 1, which draws lines).
 
-    The worst class of each model is hatched, or ringed on a line, with its value in %.
+    The worst class of each model, or every one of several that are, is hatched or ringed, with the value in %.
 
     Args:
         accuracies: by name, class accuracies `(K,)` in [0, 1], `nan` for an absent class.
         intervals: `(K, 2)` for some or all of these names, the lower and upper end of an error bar
             around each accuracy; `nan` draws none.
-        kind: "bars" side by side, or "lines" with markers.
+        kind: "bars" side by side; "points" for many classes; "lines" through them, although classes have no order.
         class_names: K strings.
         ylabel: name of the measured quantity.
         ax: Axes to draw on.
 
     Returns:
-        The Axes. Its containers are, for each name, K bars, the hatched bar, and the error bars.
+        The Axes. Its containers are, for each name, K bars, the hatched ones, and the error bars.
 
     Raises:
         TypeError: no mapping, tensors that are not float, or class names that are not strings.
@@ -58,7 +60,7 @@ def plot_classes(
         >>> [float(bar.get_height()) for bar in ax.containers[0]], ax.texts[0].get_text()
         ([50.0, nan, 75.0], '50.0')
     """
-    _checks.choice(("bars", "lines"), kind=kind)
+    _checks.choice(("bars", "points", "lines"), kind=kind)
     named = _common.by_name(accuracies=accuracies)
     _checks.class_vector(0, 1, **named)
     _checks.alike(**named)
@@ -86,31 +88,35 @@ def plot_classes(
     thin: Any = {"fmt": "none", "ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5}
     drawn, values = [], []
     for i, (model, row) in enumerate(rows.items()):
-        worst, colour = int(row.nan_to_num(nan=math.inf).argmin()), COLOURS[i % len(COLOURS)]
+        least, colour = row.nan_to_num(nan=math.inf).min(), COLOURS[i % len(COLOURS)]
         x = torch.arange(k, device="cpu") + (step * (i - (len(rows) - 1) / 2) if bars else 0)
-        at, lowest = float(x[worst]), float(row[worst])
+        tied = (row == least).nonzero().flatten()
+        at = x[tied].tolist(), row[tied].tolist()
         handle: Any
         if bars:
-            handle = ax.bar(x.tolist(), row.tolist(), step, color=colour, label=model)
-            mark: Any = ax.bar(at, lowest, step, facecolor="none", edgecolor="black", hatch="////")
+            handle = ax.bar(x.tolist(), row.tolist(), step, color=colour)
+            mark: Any = ax.bar(*at, step, facecolor="none", edgecolor="black", hatch="////")
         else:
             style: Any = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            [handle] = ax.plot(x.tolist(), row.tolist(), label=model, **style)
-            [mark] = ax.plot(at, lowest, "o", linestyle="none", **ring)
+            style["linestyle"] = "-" if kind == "lines" else "none"
+            [handle] = ax.plot(x.tolist(), row.tolist(), **style)
+            [mark] = ax.plot(*at, "o", linestyle="none", **ring)
         drawn.append(handle)
         if model in given:
             lengths = [(row - low[i]).tolist(), (high[i] - row).tolist()]
             ax.errorbar(x.tolist(), row.tolist(), yerr=lengths, **thin)
-        if not math.isnan(lowest):
+        if len(tied):
+            worst = int(tied[0])
+            highest = float(high[:, worst].nan_to_num(nan=0.0).max())
             if bars:
                 # Upright texts are wider than their bars: all stand above the highest of the class.
-                y = float(high[:, worst].nan_to_num(nan=0.0).max() if upright else high[i, worst])
+                y = highest if upright else float(high[i, worst])
             else:
                 y = _free_below(low[:, worst], i, space=0.2 * top)
-            values.append((at, y, f"{lowest:.1f}", colour))
+            values.append((float(x[worst]), y, highest, f"{float(least):.1f}", colour))
     _write_values(ax, values, sign=1 if bars else -1, upright=upright)
     _common.tick_classes(ax, class_names, k)
-    ax.legend([*drawn, mark], [*rows, "worst class"], **LEGEND)
+    _common.legend(ax, [*drawn, mark], [*rows, "worst class"])
     return ax
 
 
@@ -124,7 +130,7 @@ def plot_weights(
     accuracy_label: str = "robust accuracy (%)",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw class robustness as bars, and class weights as a line on a second axis (FERD Fig. 4).
+    """Draw class robustness as bars, and class weights as points on a second axis (FERD Fig. 4).
 
     Args:
         weights: class weights or sampling probabilities `(K,)`, non-negative; `nan` leaves a gap.
@@ -135,7 +141,7 @@ def plot_weights(
         ax: Axes to draw on.
 
     Returns:
-        The Axes with the bars. The Axes with the line is the last one of its figure.
+        The Axes with the bars. The Axes with the points is the last one of its figure.
 
     Raises:
         TypeError: tensors that are not float, or class names that are not strings.
@@ -159,12 +165,14 @@ def plot_weights(
     twin = ax.twinx()
     ax.figure.sca(current)
     ax.bar(range(k), a.tolist(), 0.7, color=COLOURS[0], alpha=0.65)
-    twin.plot(range(k), w.tolist(), "o-", color=COLOURS[1], markeredgecolor="white")
+    # Classes have no order that a line could follow.
+    twin.plot(range(k), w.tolist(), "o", color=COLOURS[1], markeredgecolor="white")
     sides = (ax, a, accuracy_label, COLOURS[0]), (twin, w, weights_label, COLOURS[1])
     for side, row, label, colour in sides:
         side.set_ylabel(label, color=colour)
         side.tick_params(axis="y", labelcolor=colour)
         side.set_ylim(0, 1.1 * float(row.nan_to_num(nan=0.0).max()) or 1.0)
+    ax.set_ylim(top=min(ax.get_ylim()[1], ROOF))
     ax.set_xlim(-0.6, k - 0.4)
     _common.tick_classes(ax, class_names, k)
     return ax
@@ -196,9 +204,12 @@ def _free_below(column: Tensor, i: int, *, space: float) -> float:
 
 
 def _write_values(
-    ax: Axes, values: list[tuple[float, float, str, str]], *, sign: int, upright: bool
+    ax: Axes, values: list[tuple[float, float, float, str, str]], *, sign: int, upright: bool
 ) -> None:
-    """Write texts above (sign 1) or below (-1) their points, farther off where two would overlap."""
+    """Write texts above (sign 1) or below (-1) their points, farther off where two would overlap.
+
+    The values are x, y, the y above which all texts find room, text and colour.
+    """
     from matplotlib.colors import to_rgb
     from matplotlib.patheffects import withStroke
 
@@ -207,8 +218,7 @@ def _write_values(
     placed: list[tuple[float, float]] = []
     # Room for the texts makes the axis longer, and so each text larger in its units: a few rounds settle it.
     for _ in range(4):
-        bottom, top = ax.get_ylim()
-        inch = (top - bottom) / high
+        inch = ax.get_ylim()[1] / high
         height = (LENGTH if upright else HEIGHT) * inch
         placed.clear()
         for x, y, *_ in values:
@@ -216,12 +226,18 @@ def _write_values(
                 y = sign * (max(sign * v for v in near) + 1.01 * height)
             placed.append((x, y))
         ends = [y + sign * (height + 0.1 * inch) for _, y in placed]
-        ax.set_ylim(min(bottom, *ends, top), max(bottom, *ends, top))
+        if min(ends, default=0) < 0:
+            # No accuracy is below 0, and no axis: they stand above all points of their class.
+            higher = [(x, top, top, text, colour) for x, _, top, text, colour in values]
+            return _write_values(ax, higher, sign=1, upright=upright)
+        # Nor is one above 100 %: what finds no room below it stands above the frame.
+        ax.set_ylim(0, min(max(ax.get_ylim()[1], *ends, 0), ROOF))
+    ax.spines["top"].set_visible(max(ends, default=0) <= ROOF)
     style: Any = {"ha": "center", "va": "bottom" if sign > 0 else "top"}
     style |= {"fontsize": 7 if upright else "small", "rotation": 90 if upright else 0}
     style |= {"path_effects": [withStroke(linewidth=2, foreground="white")]}
     style |= {"xytext": (0, 3 if sign > 0 else -6), "textcoords": "offset points"}
-    for at, (_, _, text, colour) in zip(placed, values, strict=True):
+    for at, (*_, text, colour) in zip(placed, values, strict=True):
         # Thin strokes look paler than bars.
         darker = tuple(0.75 * part for part in to_rgb(colour))
-        ax.annotate(text, at, color=darker, **style)
+        ax.annotate(text, at, color=darker, annotation_clip=False, **style)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ferdlib import _checks
 from ferdlib._checks import InvalidValue, public
 from ferdlib.plots import _common
-from ferdlib.plots._common import COLOURS, LEGEND, MARKERS
+from ferdlib.plots._common import COLOURS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ def plot_sweep(
     values: Sequence[float],
     figures: Mapping[str, Tensor],
     *,
+    intervals: Mapping[str, Tensor] | None = None,
     xlabel: str,
     ylabel: str,
     ax: Axes | None = None,
@@ -35,6 +36,7 @@ def plot_sweep(
     Args:
         values: S finite numbers; the line goes through them in ascending order.
         figures: by name, a metric `(S,)`, or `(S, R)` of R runs each; `nan` leaves a gap.
+        intervals: `(S, 2)` for some or all of these names, the ends of error bars; `nan` draws none.
         xlabel: name of the parameter.
         ylabel: name of the metric, with its unit.
         ax: Axes to draw on.
@@ -67,19 +69,32 @@ def plot_sweep(
             )
         if bool(value.isinf().any()):
             raise InvalidValue(f"expected finite `{name}` (or nan), got inf")
+    given = {} if intervals is None else intervals
+    if intervals is not None:
+        _checks.floating(**_common.by_name(intervals=intervals))
+    for name, value in given.items():
+        _checks.choice(list(figures), intervals=name)
+        if value.shape != (len(x), 2):
+            came = f"({len(x)}, 2), got {tuple(value.shape)}"
+            raise InvalidValue(f"expected `intervals[{name!r}]` of shape {came}")
     rows = {key: _common.on_host(y).reshape(len(x), -1)[order] for key, y in figures.items()}
+    handles = []
     ax = _common.axes(ax, 5.6, 3.4)
     for i, (label, y) in enumerate(rows.items()):
         mean, runs, colour = y.mean(dim=1), y.shape[1], COLOURS[i % len(COLOURS)]
         style: Any = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-        ax.plot(x.tolist(), mean.tolist(), label=label, **style)
+        handles += ax.plot(x.tolist(), mean.tolist(), **style)
+        if label in given:
+            ends = _common.on_host(given[label])[order]
+            # Drawn by itself, because the mean need not lie inside.
+            ax.vlines(x.tolist(), *ends.T.tolist(), color=colour, linewidth=0.8)
         if runs > 1:
             every = x.repeat_interleave(runs).tolist(), y.flatten().tolist()
             ax.plot(*every, linestyle="none", marker=".", markersize=4, color=colour)
             lower, upper = (mean - y.std(dim=1)).tolist(), (mean + y.std(dim=1)).tolist()
             ax.fill_between(x.tolist(), lower, upper, color=colour, alpha=0.2, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(**LEGEND)
+    _common.legend(ax, handles, list(rows))
     return ax
 
 
@@ -95,8 +110,8 @@ def plot_survival(
 ) -> Axes:
     """Draw each class's share of samples that no iterate of an attack has fooled so far.
 
-    The mean over classes is black, the class that ends worst thicker; beyond K = 12 only that class has a
-    colour. Counts of `ferdlib.attacks.least_pgd_steps` (Fair-ARD Eq. 5) can be drawn as they are: its
+    The mean over classes is black, the class that ends worst (or each of several) thicker; beyond K = 12 only
+    those have a colour. Counts of `ferdlib.attacks.least_pgd_steps` (Fair-ARD Eq. 5) can be drawn as they are: its
     `steps=T` judges the iterates 0..T-1 and says T for never, which is `steps=T - 1` here.
 
     Args:
@@ -137,18 +152,26 @@ def plot_survival(
     share = torch.stack([alive[y == c].mean(dim=0) for c in range(k)])
     # An absent class has no curve, and is not the worst.
     mean, end = share.nanmean(dim=0).tolist(), share[:, -1].nan_to_num(nan=math.inf)
-    worst = int(end.argmin())
-    ax.step(t, mean, where="mid", color="black", linewidth=3, label="mean over classes")
+    tied = (end == end.min()) & end.isfinite()
+    handles = ax.step(t, mean, where="mid", color="black", linewidth=3)
+    written = ["mean over classes"]
     for c in end.isfinite().nonzero().flatten().tolist():
+        worst = bool(tied[c])
         style: Any = {"color": COLOURS[c % len(COLOURS)], "linestyle": "-" if c < 7 else "--"}
-        style |= {"label": names[c], "linewidth": 1.2}
+        style |= {"linewidth": 1.2}
         if k > 12:
-            style = {"color": COLOURS[1] if c == worst else "0.75", "linewidth": 0.6, "zorder": 1}
-        if c == worst:
-            style |= {"label": f"{names[c]}, ends at {end[c]:.1f}", "linewidth": 2.5, "zorder": 3}
-        ax.step(t, share[c].tolist(), where="mid", **style)
+            style = {"color": COLOURS[1] if worst else "0.75", "linewidth": 0.6, "zorder": 1}
+        if worst:
+            style |= {"linewidth": 2.5, "zorder": 3}
+        line = ax.step(t, share[c].tolist(), where="mid", **style)
+        # Of many classes the legend has the first of the worst alone.
+        if k <= 12 or (worst and not bool(tied[:c].any())):
+            more = int(tied.sum()) - 1 if k > 12 else 0
+            ends = f" and {more} more, which end at" if more else ", ends at"
+            handles += line
+            written.append(names[c] + f"{ends} {end[c]:.1f}" * worst)
     ax.set(xlabel="iterate of the attack", ylabel="still correct (%)", ylim=(0, 102))
     ax.set_xlim(-0.5, t[-1] + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(**LEGEND)
+    _common.legend(ax, handles, written)
     return ax

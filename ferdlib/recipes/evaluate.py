@@ -210,7 +210,7 @@ def classwise(report: RobustnessReport) -> Any:
     return plots.plot_classes(
         {column: result.class_accuracy for column, result in found.items()},
         intervals={column: result.class_interval for column, result in found.items()},
-        kind="bars" if report.num_classes <= MANY_CLASSES else "lines",
+        kind="bars" if report.num_classes <= MANY_CLASSES else "points",
         class_names=report.class_names,
     )
 
@@ -233,6 +233,12 @@ def draw(report: RobustnessReport, sweep: Sweep, figure_attack: str) -> dict[str
             list(sweep),
             {
                 label: torch.tensor([100 * getattr(result, name) for result in sweep.values()])
+                for label, name in rows.items()
+            },
+            intervals={
+                label: torch.stack(
+                    [100 * getattr(result, f"{name}_interval") for result in sweep.values()]
+                )
                 for label, name in rows.items()
             },
             xlabel="eps (L-inf, pixels in [0, 1])",
