@@ -17,6 +17,7 @@ import ferdlib
 from ferdlib import attacks, augment, bottleneck, losses, metrics, models, reweight, synthesis
 from ferdlib.evaluation import PROTOCOLS
 from ferdlib.evaluation.attack import _start
+from ferdlib.methods import rules
 
 N, K = 6, 4
 
@@ -325,6 +326,11 @@ def test_nothing_is_float64_on_a_device_without_it():
         balance.update(z.mean(), z.mean())
         for rule in (metrics.average, reweight.normalize, partial(metrics.inheritance_ratio, p)):
             rule(p)
+        for name in ("CFA", "DAFA", "FRL", "WAT"):
+            rule = getattr(rules, name)()
+            rule.bind(K)
+            rule.ball(0.1, 0.02, y)
+            rule.combine(z[:, 0], z, y)
         assert _start(spec, 0, 0, torch.arange(N), X.to("meta")).device.type == "meta"
     assert mean.sums.dtype == torch.float32
 

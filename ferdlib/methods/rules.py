@@ -207,7 +207,8 @@ class CFA(Rule):
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
         if self.epoch < self.begin:
             return eps, step_size
-        factors = reweight.cfa_margins(self.accuracy, base=self.margin_base).to(targets.device)
+        factors = reweight.cfa_margins(self.accuracy, base=self.margin_base)
+        factors = _checks.double(factors, targets.device)
         return eps * factors[targets], step_size * factors[targets]
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -256,13 +257,13 @@ class DAFA(Rule):
         self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device="cpu")
 
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
-        factors = self.weights.to(targets.device)[targets]
+        factors = _checks.double(self.weights, targets.device)[targets]
         return eps * factors, step_size * factors
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         if self.epoch == self.begin - 1:
             p = _checks.double(logits.detach()).softmax(dim=1)
-            self.sums = self.sums.to(p.device).index_add(0, targets, p)
+            self.sums = _checks.double(self.sums, p.device).index_add(0, targets, p)
         return self.weights.to(losses)[targets] * losses
 
     def sync(self) -> None:
@@ -318,7 +319,7 @@ class FRL(Rule):
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
         if not self.remargin:
             return eps, step_size
-        factors = self.multipliers.eps_factors.to(targets.device)
+        factors = _checks.double(self.multipliers.eps_factors, targets.device)
         # The release's step is a quarter of its largest radius, for all classes.
         return eps * factors[targets], eps * float(factors.max()) / 4
 

@@ -104,7 +104,7 @@ class FRLWeights:
         # A schedule may have set it.
         _checks.real(0, rate=self.rate)
         clean, robust = (_checks.double(acc.detach()) for acc in (clean, robust))
-        error, boundary = 1 - clean, clean - robust.to(clean.device)
+        error, boundary = 1 - clean, clean - _checks.double(robust, clean.device)
         if bool(boundary.isnan().all()):
             raise InvalidValue(
                 "expected a class in `clean_accuracy` and `robust_accuracy`, got none"
@@ -116,7 +116,8 @@ class FRLWeights:
         self.boundary_multipliers = self._moved(self.boundary_multipliers, 2 * self.rate * too_much)
         if self.remargin:
             step = (self.margin_rate * too_much).nan_to_num()
-            self.margin_multipliers = self.margin_multipliers.to(step.device) + step
+            multipliers = _checks.double(self.margin_multipliers, step.device)
+            self.margin_multipliers = multipliers + step
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the multipliers, and the rate as it is now."""
@@ -132,7 +133,7 @@ class FRLWeights:
         self.rate = state["rate"].item()
 
     def _moved(self, multipliers: Tensor, step: Tensor) -> Tensor:
-        moved = (multipliers.to(step.device) + step.nan_to_num()).clamp(min=0)
+        moved = (_checks.double(multipliers, step.device) + step.nan_to_num()).clamp(min=0)
         total = moved.sum()
         # Divided first: the reciprocal of a tiny total is infinite.
         return torch.where(total > self.limit, moved / total * self.limit, moved)
@@ -203,7 +204,7 @@ class HedgeWeights:
         excess = _checks.double(class_losses.detach()) - average_loss
         if bool(excess.isnan().all()):
             raise InvalidValue("expected `class_losses` of at least one class, got only nan")
-        self.excess = self.excess.to(excess.device) + excess.nan_to_num()
+        self.excess = _checks.double(self.excess, excess.device) + excess.nan_to_num()
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
