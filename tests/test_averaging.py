@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from ferdlib.methods import FairAverage
 
@@ -133,3 +134,15 @@ def test_the_average_continues_from_its_state():
         again.load_state_dict(FairAverage(other).state_dict())
     for name, value in average.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_weight_that_a_hook_makes_is_averaged_by_what_it_is_made_of():
+    """Pruned to its larger half; 0.75 * 2 + 0.25 * 6 = 3."""
+    model = prune.l1_unstructured(nn.Linear(2, 1, bias=False), "weight", amount=1)
+    averages = []
+    for value in (2.0, 6.0):
+        model.weight_orig.data.fill_(value)
+        model(torch.ones(1, 2))  # the weight has a history now
+        averages = averages or [FairAverage(model, decay=0.75, threshold=0.0)]
+        averages[0].update(model, torch.tensor([1.0, 1.0]))
+    assert float(averages[0].module(torch.ones(1, 2)).detach()) == 3.0
