@@ -55,14 +55,6 @@ def test_flags_inside_and_after(training, freeze):
     assert state(model, other) == before
 
 
-def test_defaults_are_eval_and_frozen():
-    model = mixed()
-    with borrowed(model):
-        flags, gradients = state(model)
-        assert not any(flags)
-        assert not any(gradients)
-
-
 def test_an_exception_passes_and_the_model_is_given_back():
     model = mixed()
     before = state(model)
@@ -244,10 +236,3 @@ def test_a_graph_built_before_the_block_still_reaches_the_weights():
     assert all(p.grad is None for p in student.parameters())
     loss.backward()
     assert all(torch.equal(p.grad, e) for p, e in zip(student.parameters(), expected, strict=True))
-
-
-def test_no_weight_gradient_is_built_inside_the_block():
-    model = nn.Linear(3, 2)
-    with borrowed(model):
-        assert not model(torch.randn(4, 3)).requires_grad
-    assert model(torch.randn(4, 3)).requires_grad
