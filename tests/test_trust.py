@@ -143,7 +143,9 @@ def test_train_mode():
     assert EVAL in doubtful(findings)
     assert "1 modules were in train mode, '4' first" in findings[0].evidence
     assert [m.training for m in model].count(True) == 1
-    (modes,) = (f for f in check(lambda x: model.eval()(x)) if f.check == EVAL)
+    assert EVAL in doubtful(check(lambda x: model(x)))
+    hidden = {"net": model.eval()}
+    (modes,) = (f for f in check(lambda x: hidden["net"](x)) if f.check == EVAL)
     assert modes.verdict == "not checked"
 
 
