@@ -1,4 +1,4 @@
-"""How a copy is told from its model: the numbers that both return, what they draw, what the model is made of."""
+"""Comparison of a copy with its model: the numbers that both return, what they draw, what the model is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fast copy or a cut of a model is made of: a graph of all that `model(x)` does."""
+"""Graph of all that `model(x)` does, from which fast copies and cuts are made."""
 
 from __future__ import annotations
 

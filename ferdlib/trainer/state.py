@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from ferdlib._checks import InvalidValue, got
 from ferdlib.synthesis.pool import checked_state
 
-if TYPE_CHECKING:
-    from ferdlib.trainer.trainer import FERDTrainer
+# A `FERDTrainer`, whose module imports this one.
+Trainer = Any
 
 
-def whole(trainer: FERDTrainer) -> dict[str, Any]:
+def whole(trainer: Trainer) -> dict[str, Any]:
     """Copy everything that the next epoch depends on; the processes' shares of the pool are put together."""
     ranks, pool = trainer._ranks, trainer.pool.state_dict()
     # So that any number of processes can go on.
@@ -25,7 +25,7 @@ def whole(trainer: FERDTrainer) -> dict[str, Any]:
     return {**copy.deepcopy(_own(trainer)), "pool": pool}
 
 
-def load(trainer: FERDTrainer, state: Any) -> None:
+def load(trainer: Trainer, state: Any) -> None:
     """Continue from a state; one that is refused, also half way, changes nothing."""
     own, ranks = copy.deepcopy(_own(trainer)), trainer._ranks
     check(state, own)
@@ -47,7 +47,7 @@ def load(trainer: FERDTrainer, state: Any) -> None:
             ranks.reseed(rng, rng)
 
 
-def _own(trainer: FERDTrainer) -> dict[str, Any]:
+def _own(trainer: Trainer) -> dict[str, Any]:
     """Everything but the pool, not copied."""
     return {
         "config": asdict(trainer.config),
@@ -63,7 +63,7 @@ def _own(trainer: FERDTrainer) -> dict[str, Any]:
     }
 
 
-def _load(trainer: FERDTrainer, state: dict[str, Any]) -> None:
+def _load(trainer: Trainer, state: dict[str, Any]) -> None:
     for name in ("student", "student_optimizer", "source", "method"):
         getattr(trainer, name).load_state_dict(state[name])
     for name, rng in _generators(trainer).items():
@@ -73,7 +73,7 @@ def _load(trainer: FERDTrainer, state: dict[str, Any]) -> None:
     trainer._monitor.largest_diversity = state["largest_diversity"]
 
 
-def _generators(trainer: FERDTrainer) -> dict[str, torch.Generator]:
+def _generators(trainer: Trainer) -> dict[str, torch.Generator]:
     """The trainer's generator, and those of parts that have one of their own."""
     found = {"trainer": trainer._rng}
     for name in ("method", "source"):

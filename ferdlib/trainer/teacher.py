@@ -1,4 +1,4 @@
-"""What FERD asks of a teacher: parts for the bottleneck, BatchNorm, logits of the config's classes."""
+"""Demands of FERD on its teacher: parts for the bottleneck, BatchNorm, logits of the config's classes."""
 
 from __future__ import annotations
 
