@@ -27,6 +27,7 @@ X = torch.rand(N, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N) % K
 FILES = 4 * 3 + 2  # blocks times clean, FGSM and PGD-10; header and probe
 PROBE = 1  # passes over the first samples
+OWN = Protocol(name="own", attacks=(AttackSpec(name="own", kind="custom", eps=0.1),))
 
 
 class Counting(nn.Module):
@@ -206,6 +207,23 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.model(x + self.scale * torch.randn(x.shape, generator=self.rng))
+
+
+def test_masked_logits_are_strict_json_and_hide_no_change(tmp_path):
+    """Beside an infinite logit, other finite ones are still another model's; its gradients are not read."""
+    by = 1.0
+
+    def masked(x):
+        return nn.functional.pad(by * x[:, 0, 0, :3], (0, 1), value=-torch.inf)
+
+    change = {"protocol": OWN, "custom": {"own": lambda model, x, y: x}}
+    first = run(tmp_path, masked, **change)
+    for text in contents(tmp_path).values():
+        json.loads(text, parse_constant=pytest.fail)
+    assert run(tmp_path, masked, **change) == first
+    by = 2.0
+    with pytest.raises(ValueError, match="other logits for the first samples"):
+        run(tmp_path, masked, **change)
 
 
 @pytest.mark.parametrize("rng", [None, torch.Generator()])

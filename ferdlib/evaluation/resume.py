@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -63,14 +64,12 @@ class Records:
         if found is None:
             again = look()
             # Numbers that are others at the second look are random; they tell nothing.
-            kept = {k: v.tolist() if _alike(k, v, again[k]) else None for k, v in values.items()}
+            kept = {k: _rows(v) if _alike(k, v, again[k]) else None for k, v in values.items()}
             self._write("probe.json", kept)
             return
         for name, value in values.items():
             before = found.get(name)
-            if before is None or _alike(
-                name, torch.tensor(before, dtype=value.dtype, device="cpu"), value
-            ):
+            if before is None or _alike(name, _numbers(before).to(value.dtype), value):
                 continue
             wanted = {"logits": "model and data", "gradients": "model"}.get(name, name)
             came = name if name in ("logits", "gradients") else "results"
@@ -161,11 +160,23 @@ def _at(setting: Setting, protocol: Protocol, block: Block) -> Look:
     return {name: value.cpu().double() for name, value in found.items()}
 
 
+def _rows(values: Tensor) -> list[list[float | str]]:
+    """Rows for JSON, which has no word for the infinite logit of a masked class."""
+    return [[n if math.isfinite(n) else str(n) for n in row] for row in values.tolist()]
+
+
+def _numbers(rows: list[list[float | str]]) -> Tensor:
+    """The values of `_rows`."""
+    numbers = [[float(n) for n in row] for row in rows]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 def _alike(name: str, before: Tensor, now: Tensor) -> bool:
     """Equal but for rounding."""
     if before.shape != now.shape:
         return False
-    size = before.abs().max() if before.numel() else before.new_zeros(())
+    finite = before.abs().where(before.isfinite(), 0)
+    size = finite.max() if before.numel() else before.new_zeros(())
     near = GRADIENT_TOLERANCE * size if name == "gradients" else TOLERANCE * (1 + size)
     # Equal infinities have no difference.
     return not bool((((before - now).abs() > near) & (before != now)).any())
