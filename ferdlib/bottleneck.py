@@ -27,6 +27,15 @@ Part = Callable[[Tensor], Tensor]
 VARIANCE_GUARD = 1e-10
 
 
+def check_layer(model: nn.Module, layer_name: Any) -> None:
+    """Refuse a name that no layer of the model has."""
+    _checks.instance(str, layer_name=layer_name)
+    names = [name for name, _ in model.named_modules() if name]
+    if layer_name not in names:
+        came = f"{layer_name!r}; there are {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        raise InvalidValue(f"expected `layer_name` of the model, got {came}")
+
+
 @public
 def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
     """Cut a model behind one of its layers: `head(features(x)) == model(x)`.
@@ -56,11 +65,7 @@ def split_at(model: nn.Module, layer_name: str) -> tuple[nn.Module, nn.Module]:
         True
     """
     _checks.module(model=model)
-    _checks.instance(str, layer_name=layer_name)
-    names = [name for name, _ in model.named_modules() if name]
-    if layer_name not in names:
-        came = f"{layer_name!r}; there are {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
-        raise InvalidValue(f"expected `layer_name` of the model, got {came}")
+    check_layer(model, layer_name)
     try:
         graph, attributes = trace(model, whole=layer_name)
     except NotCopyable as error:

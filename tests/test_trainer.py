@@ -394,6 +394,8 @@ def test_parts_that_do_not_fit_together_are_refused():
             make_trainer(method=build_method(name, 3, teacher=teacher), **given)
     with pytest.raises(ValueError, match=r"^split_at: expected `layer_name` .* 'layer9'"):
         make_trainer(layer="layer9", uniformity_loss_weight=1.0)
+    with pytest.raises(ValueError, match=r"^FERDTrainer: expected `layer_name` .* 'layer9'"):
+        make_trainer(layer="layer9")  # which nothing reads
 
 
 def test_the_wrong_moment_gets_one_clear_sentence():

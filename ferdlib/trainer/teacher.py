@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ferdlib import _checks
 from ferdlib._checks import InvalidType, InvalidValue, got
 from ferdlib._modes import ask, borrowed
-from ferdlib.bottleneck import Part, split_at
+from ferdlib.bottleneck import Part, check_layer, split_at
 from ferdlib.models.likeness import difference
 from ferdlib.trainer.config import FERDConfig
 
@@ -28,6 +28,9 @@ def parts(config: FERDConfig, teacher: nn.Module, split: Split | None) -> Split:
     if config.uniformity_loss_weight == 0:
         if split is not None:
             raise InvalidValue("expected no `split` with `uniformity_loss_weight` 0, got one")
+        # A name that is not used may still be wrong.
+        if config.layer is not None:
+            check_layer(teacher, config.layer)
         return nn.Identity(), teacher
     if split is None and config.layer is None:
         raise InvalidValue("expected `config.layer` or `split` for the bottleneck, got None")
