@@ -40,6 +40,16 @@ def has_float64(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda", "xpu", "xla")
 
 
+def readable(value: Tensor) -> bool:
+    """True where a look at the values costs nothing: on an accelerator it would stall every step."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def marked(value: Tensor, fine: Tensor) -> Tensor:
+    """The values, NaN where they are not fine: what nobody looked at must not pass in silence."""
+    return torch.where(fine, value, torch.nan)
+
+
 def double(value: Tensor, device: torch.device | None = None) -> Tensor:
     """The values in float64, or in float32 on a device that has no wider dtype; moved to `device`."""
     device = value.device if device is None else device
@@ -94,13 +104,14 @@ def outside(value: Tensor, low: float, high: float) -> str:
 def batch(**named: Any) -> tuple[Tensor, Tensor]:
     """Return images and labels of a batch: a pair, or a mapping with their usual names."""
     ((name, value),) = named.items()
+    came: Any = value
     if isinstance(value, Mapping):
         came = f"a mapping with {', '.join(map(str, value))}"
         known = [[key for key in usual if key in value] for usual in (IMAGES, LABELS)]
         value = [value[found[0]] for found in known if found]
-    else:
-        came = got(value)
     if not isinstance(value, (tuple, list)) or len(value) != 2:
+        # Only now: writing tensors out makes an accelerator wait.
+        came = came if isinstance(came, str) else got(came)
         wanted = f"pairs of images and labels, or mappings with {IMAGES[0]} and {LABELS[0]}"
         raise InvalidType(f"expected batches of `{name}` to be {wanted}, got {came}")
     tensor(**{name: value[0], f"labels of {name}": value[1]})
@@ -156,8 +167,7 @@ def labels(*, num_classes: int | None = None, like: Tensor | None = None, **name
             raise InvalidValue(f"expected `{name}` of shape {wanted}, got {tuple(value.shape)}")
         if like is not None and value.device != like.device:
             raise InvalidValue(f"expected `{name}` on {like.device}, got {value.device}")
-        readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if num_classes is not None and value.numel() and readable:
+        if num_classes is not None and value.numel() and readable(value):
             (low, high), last = map(int, value.aminmax()), num_classes - 1
             if low < 0 or high > last:
                 raise InvalidValue(f"expected `{name}` in 0..{last}, got values in {low}..{high}")
@@ -217,7 +227,10 @@ def confusion(*, batched: bool = False, **named: Any) -> None:
 
 
 def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) -> float | Tensor:
-    """Return a number >= 0 (or > 0), or one per sample `(N,)` as `(N, 1, ..., 1)` to broadcast against `x`."""
+    """Return a number >= 0 (or > 0), or one per sample `(N,)` as `(N, 1, ..., 1)` to broadcast against `x`.
+
+    On an accelerator values out of range are not looked for, but become NaN.
+    """
     value = plain(value)
     if not isinstance(value, Tensor):
         check = divisor if above_zero else partial(real, 0)
@@ -227,13 +240,12 @@ def per_sample(name: str, value: Any, x: Tensor, *, above_zero: bool = False) ->
     if value.shape != x.shape[:1]:
         wanted = f"to be a number or a tensor of shape ({len(x)},)"
         raise InvalidValue(f"expected `{name}` {wanted}, got shape {tuple(value.shape)}")
-    if not torch.compiler.is_compiling():
-        low = 1 / LARGEST if above_zero else 0.0
-        wrong = ~((value >= low) & (value <= LARGEST))
-        if bool(wrong.any()):
-            came, wanted = f"{value[wrong][0]:g}", interval(low, LARGEST)
-            raise InvalidValue(f"expected `{name}` in {wanted} for every sample, got {came}")
-    return value.detach().to(x).reshape(-1, *[1] * (x.ndim - 1))
+    low = 1 / LARGEST if above_zero else 0.0
+    fine = (value >= low) & (value <= LARGEST)
+    if readable(value) and not bool(fine.all()):
+        came, wanted = f"{value[~fine][0]:g}", interval(low, LARGEST)
+        raise InvalidValue(f"expected `{name}` in {wanted} for every sample, got {came}")
+    return marked(value.detach(), fine).to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def module(**named: Any) -> None:

@@ -154,7 +154,8 @@ def noise_scale(
         $\sigma$, `(N, C)`, positive, in units of the features.
 
     Raises:
-        RuntimeError: the objective became NaN or infinite.
+        RuntimeError: the objective became NaN or infinite; on an accelerator, where a look would stall every
+            step of a generator, the result is NaN instead.
 
     Example:
         >>> z, y = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
@@ -195,9 +196,10 @@ def noise_scale(
             (raw.grad,) = torch.autograd.grad(objective, raw)
             health = health + objective.detach()
             optimizer.step()
-        if not bool(health.isfinite()):
+        finite = health.isfinite()
+        if _checks.readable(finite) and not bool(finite):
             raise InvalidState("expected a finite objective, got NaN; look at `head(features)`")
-        return F.softplus(raw).detach().to(features.dtype)
+        return _checks.marked(F.softplus(raw).detach(), finite).to(features.dtype)
 
 
 @public

@@ -45,21 +45,37 @@ class Ascent:
         # Not a public door: an error gets the name of the attack that makes the ascent.
         self.bounds = checked_bounds(self.bounds)
         _checks.callable_(model=self.model)
-        _checks.images(self.bounds, x=self.x)
+        _checks.images(x=self.x)
         _checks.integer(0, steps=self.steps)
         _checks.generator(self.rng)
         with torch.inference_mode(False):
             self.x = _plain(self.x)
             # Iterated in float32 or wider, whatever the dtype of the images.
             self.origin = wide(self.x)
+        radii = {"eps": self.eps, "step_size": self.step_size}
         self.eps = _checks.per_sample("eps", self.eps, self.origin)
         self.step_size = _checks.per_sample("step_size", self.step_size, self.origin)
+        self._check_values(radii)
         # Tensors would have to be read on the host for this.
         if isinstance(self.eps, float) and isinstance(self.step_size, float):
             if 0 < 2 * self.eps < self.step_size:
                 message = "step_size %g is more than twice eps %g; are they swapped?"
                 warn_once(message, self.step_size, self.eps)
             warn_of_width(self.eps, self.bounds)
+
+    def _check_values(self, radii: dict[str, Any]) -> None:
+        """Look at all values at once, and at each by itself only where something is wrong."""
+        low, high = self.bounds
+        given = (self.eps, self.step_size, self.random_start)
+        tensors = [v.isfinite().all().to(self.x.device) for v in given if isinstance(v, Tensor)]
+        fine = torch.stack([((self.x >= low) & (self.x <= high)).all(), *tensors]).all()
+        if torch.compiler.is_compiling() or bool(fine):
+            return
+        _checks.images(self.bounds, x=self.x)
+        for name, value in radii.items():
+            on_host = value.cpu() if isinstance(value, Tensor) else value
+            _checks.per_sample(name, on_host, self.x)
+        raise _other_start(self.x, self.random_start)
 
     def check_targets(self, targets: Tensor) -> None:
         """Check what the loss takes second: one entry for each image."""
@@ -180,9 +196,8 @@ def draw_start(
         return torch.zeros_like(like)
     if isinstance(random_start, Tensor):
         _checks.floating(random_start=random_start)
-        if random_start.shape != like.shape or not bool(random_start.isfinite().all()):
-            shape, came = tuple(like.shape), _checks.got(random_start)
-            raise InvalidValue(f"expected `random_start` finite and of shape {shape}, got {came}")
+        if random_start.shape != like.shape:
+            raise _other_start(like, random_start)
         return random_start.detach().to(like)
     _checks.choice(("uniform", "normal", None), random_start=random_start)
     source = like.device if rng is None else rng.device
@@ -192,6 +207,11 @@ def draw_start(
     if isinstance(eps, Tensor):
         return eps * noise.uniform_(-1.0, 1.0, generator=rng).to(like.device)
     return noise.uniform_(-eps, eps, generator=rng).to(like.device)
+
+
+def _other_start(like: Tensor, came: Any) -> InvalidValue:
+    wanted = f"finite and of shape {tuple(like.shape)}"
+    return InvalidValue(f"expected `random_start` {wanted}, got {_checks.got(came)}")
 
 
 def checked_bounds(bounds: Any) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from ferdlib.distributed import Ranks
 from ferdlib.losses import class_variance, cross_entropy
 from ferdlib.methods.protocol import Adversarial, Ball, Batches, OnStep, Rule, Uniform
 from ferdlib.reweight import ClassMean, ClassWeights, FRLWeights, HedgeWeights
+from ferdlib.reweight.fairness import worst_case
 
 __all__ = ["CFA", "DAFA", "FAAL", "FAT", "FRL", "GAIRAT", "LPS", "WAT", "Rule", "Uniform"]
 
@@ -127,10 +128,14 @@ class GAIRAT(Rule):
         if self.epoch < self.begin:
             return losses
         # Examples from elsewhere come with other labels than those of the last attack.
-        if self.counter is None or not torch.equal(self.counter.labels, targets):
+        counter = self.counter
+        same = None
+        if counter is not None and counter.labels.shape == targets.shape:
+            same = (counter.labels == targets).all()
+        if counter is None or same is None or (_checks.readable(same) and not bool(same)):
             raise InvalidState("expected images of the method's own attack, with steps, got others")
-        weights = reweight.gairat(self.counter.counts, self.counter.steps, shift=self.shift)
-        return weights.to(losses) * losses
+        weights = reweight.gairat(counter.counts, counter.steps, shift=self.shift)
+        return _checks.marked(weights.to(losses) * losses, same)
 
 
 @dataclass(kw_only=True)
@@ -169,7 +174,7 @@ class FAAL(Rule):
         others = p.scatter(1, label, -1.0).amax(dim=1)
         lead = ClassMean(self.num_classes)
         lead.update(others - p.gather(1, label).squeeze(1), targets)
-        weights = self.num_classes * reweight.kl_ball(lead.compute(), radius=self.radius)
+        weights = self.num_classes * worst_case(lead.sums / lead.counts, self.radius)
         return weights.to(losses)[targets] * losses
 
 
@@ -319,9 +324,10 @@ class FRL(Rule):
     def ball(self, eps: float, step_size: float, targets: Tensor) -> Ball:
         if not self.remargin:
             return eps, step_size
-        factors = _checks.double(self.multipliers.eps_factors, targets.device)
-        # The release's step is a quarter of its largest radius, for all classes.
-        return eps * factors[targets], eps * float(factors.max()) / 4
+        factors = self.multipliers.eps_factors
+        # The release's step is a quarter of its largest radius, for all classes. Read where the factors lie.
+        largest = float(factors.max())
+        return eps * _checks.double(factors, targets.device)[targets], eps * largest / 4
 
     def combine(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         weights = (self.multipliers.clean_weights + self.multipliers.boundary_weights) / 2

@@ -24,10 +24,9 @@ def mean_one(log_weights: Tensor) -> Tensor:
 
 def filled(statistic: Tensor) -> Tensor:
     """Give absent classes the mean of the present ones, or zeros if there are none."""
-    present = statistic[~statistic.isnan()]
-    if not len(present):
-        return torch.zeros_like(statistic)
+    absent = statistic.isnan()
+    low, high = statistic.nan_to_num(math.inf).amin(), statistic.nan_to_num(-math.inf).amax()
     # The mean of equal values may round away from them, which a rule that looks at the range of the
     # values would magnify.
-    mean = present.mean().clamp(present.min(), present.max())
-    return torch.where(statistic.isnan(), mean, statistic)
+    mean = torch.where(absent.all(), 0.0, statistic.nanmean().clamp(low, high))
+    return torch.where(absent, mean, statistic)

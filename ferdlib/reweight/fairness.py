@@ -42,8 +42,10 @@ def gairat(steps_withstood: Tensor, steps: int, *, shift: float = -1.0) -> Tenso
         raise InvalidValue(f"expected `steps_withstood` of shape (N,) with N >= 1, got {shape}")
     counts = _checks.double(k)
     # A NaN is inside no interval.
-    if not bool(((counts >= 0) & (counts <= steps * ROUNDING)).all()):
+    fine = (counts >= 0) & (counts <= steps * ROUNDING)
+    if _checks.readable(k) and not bool(fine.all()):
         raise InvalidValue(f"expected `steps_withstood` in [0, {steps}], got {k.tolist()}")
+    counts = _checks.marked(counts, fine)
     # (1 + tanh u) / 2 = sigmoid(2u)
     w = mean_one(F.logsigmoid(2 * ramp(counts, steps, shift)))
     return w.to(k.dtype if k.is_floating_point() else torch.float32)
@@ -118,24 +120,30 @@ def kl_ball(scores: Tensor, *, radius: float = 0.5) -> Tensor:
     """
     _checks.class_vector(scores=scores)
     _checks.real(0, radius=radius)
-    # So few numbers are fastest on the host.
-    a = filled(scores.detach().cpu().double())
+    return worst_case(scores, radius)
+
+
+def worst_case(scores: Tensor, radius: float) -> Tensor:
+    """`kl_ball` without a look at the scores, on their device."""
+    a = filled(_checks.double(scores.detach()))
     k, gap = len(a), a.max() - a
-    if radius == 0 or not bool(gap.any()):
+    if radius == 0:
         return torch.full_like(scores, 1 / k)
     log_gap = (gap / gap.max()).log()
 
     # Notation: p_c ~ 1 / (1 + t g_c), g the gaps over the largest one, t = 1 / (mu - max a) in that
     # unit, and x_c = log t + log g_c: no t is too large for it, whatever the radius.
     # KL = mean log(1 + t g) + log mean 1 / (1 + t g) lies between (log t) / K - log K and t.
-    low, high = math.log(radius), k * (radius + math.log(k))
-    for _ in range(64):
-        middle = (low + high) / 2
-        x = middle + log_gap
-        divergence = torch.log1p(-torch.sigmoid(x).mean()) - F.logsigmoid(-x).mean()
-        low, high = (middle, high) if float(divergence) < radius else (low, middle)
+    width = k * (radius + math.log(k)) - math.log(radius)
+    low = torch.full_like(gap[0], math.log(radius))
+    # Sixteen parts at a time, chosen on the device: 16 rounds are 64 bisections in a quarter of the calls.
+    parts = torch.arange(1, 16, device=a.device, dtype=a.dtype) / 16
+    for _ in range(16):
+        x = (low + width * parts)[:, None] + log_gap
+        divergence = torch.log1p(-torch.sigmoid(x).mean(dim=1)) - F.logsigmoid(-x).mean(dim=1)
+        low, width = low + (divergence < radius).sum() / 16 * width, width / 16
     p = torch.sigmoid(-(low + log_gap))
-    return (p / p.sum()).to(scores)
+    return torch.where(gap.any(), p / p.sum(), 1 / k).to(scores)
 
 
 @public

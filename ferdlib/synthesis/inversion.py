@@ -310,4 +310,6 @@ class Inversion:
             rng=self.rng if self.noise_rng is None else self.noise_rng,
         )
         mask = bottleneck.nonrobust_channels(z, sigma, threshold=self.mask_threshold)
-        return bottleneck.nonrobust_logits(z, self.head, mask), mask.float().mean()
+        logits = bottleneck.nonrobust_logits(z, self.head, mask)
+        # A mask cannot say that its noise was NaN; the loss can, and is looked at when all steps are done.
+        return _checks.marked(logits, sigma.isfinite().all()), mask.float().mean()
