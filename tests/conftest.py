@@ -12,6 +12,12 @@ from torch import nn
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="card", help="for tests/test_card.py: a real one, such as cuda"
+    )
+
+
 def make_tiny_model(num_classes=4, in_channels=2, width=5, seed=0):
     """Conv, BatchNorm, ReLU, twice, and a linear layer, in eval mode; its running statistics matter."""
     with torch.random.fork_rng(devices=[]):
