@@ -262,6 +262,7 @@ def test_absent_rows_have_no_p():
 
 def test_only_the_same_samples_can_be_paired():
     made = with_accuracies(clean=(1.0, 0.8), PGD=(0.6, 0.4))
+    made = replace(made, manifest={"data": {"fingerprint": "of these images"}})
     grouped = replace(made, groups=made.targets, group_names=made.class_names)
     for other in (
         replace(made, index=made.index + 1),

@@ -108,6 +108,7 @@ def test_wrong_input_gets_one_sentence_and_nothing_is_written(folder, tmp_path):
         (["--num-classes", 4], "--num-classes to be the data's, 3, got 4"),
         (["--student", "resnet7"], "'resnet7'"),
         (["--layer", "layer9"], "`layer_name`"),
+        (["--step-size", 2], "expected --step-size in units of [0, 1] pixels"),
         (["--root", tmp_path / "nowhere"], "got nothing there"),
         (["--root", tmp_path / "empty"], "a folder for each of at least 2 classes"),
         (["--teacher", grey], "channels"),

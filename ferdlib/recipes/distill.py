@@ -30,7 +30,7 @@ from ferdlib.recipes.options import (
     SGDOptions,
     Train,
 )
-from ferdlib.recipes.running import Session, command, device, flag, settings_of, written
+from ferdlib.recipes.running import Session, check_ball, command, device, flag, settings_of, written
 from ferdlib.trainer import EpochStats, FERDConfig, FERDTrainer
 
 # Images in the figure of synthetic ones come from so many of the pool.
@@ -44,6 +44,7 @@ def run(args: Distill) -> None:
         source = args.images
         images = load(source.data, source.root, download=source.download, seed=args.run.seed)
         tested = chosen(images, args.test.test_images, args.run.seed)
+        check_ball(eps=args.ferd.eps, step_size=args.ferd.step_size)
         config = config_for(args.ferd, args.images.data, images)
         published = protocol(config.eps, args)
         check_folder(args.run.out)

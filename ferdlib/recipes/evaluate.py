@@ -31,7 +31,7 @@ from ferdlib.evaluation import (
 from ferdlib.recipes.data import Images, Streamed, chosen, load_any
 from ferdlib.recipes.models import Model, check_model, made_by, normalized, read_model
 from ferdlib.recipes.options import Evaluate
-from ferdlib.recipes.running import device, written
+from ferdlib.recipes.running import check_ball, command, device, written
 
 # By radius; the clean images at 0.
 Sweep = dict[float, AttackResult]
@@ -70,8 +70,8 @@ def run(args: Evaluate) -> None:
         write_file(args.out / f"report.{suffix}", text)
     drawn = save_figures(args.out, draw(report, sweep, work.figure_attack))
     print(written(args.out, "report.json", *(f"report.{suffix}" for suffix in texts), *drawn))
-    again = f"ferdlib evaluate --checkpoint FILE --data {args.images.data}"
-    print(f"compare another model: {again} --against {args.out / 'report.json'}")
+    shown = {"checkpoint": "FILE", "data": args.images.data, "against": args.out / "report.json"}
+    print(f"compare another model: {command('evaluate', **shown)}")
 
 
 def prepare(args: Evaluate) -> Work:
@@ -79,6 +79,7 @@ def prepare(args: Evaluate) -> Work:
     wanted = args.attacks
     if wanted.trust and Ranks.here().size > 1:
         raise ValueError("expected no --trust with several processes, each of which has a share")
+    check_ball(eps=wanted.eps)
     protocol = PROTOCOLS[chosen_of("protocol", wanted.protocol, [*PROTOCOLS])].with_seed(args.seed)
     protocol = protocol if wanted.eps is None else protocol.at(eps=wanted.eps)
     protocol = protocol.without(*wanted.without)

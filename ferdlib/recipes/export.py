@@ -30,7 +30,7 @@ from ferdlib.recipes.data import Images, load, stratified
 from ferdlib.recipes.evaluate import check_folder
 from ferdlib.recipes.models import Model, check_model
 from ferdlib.recipes.options import Export
-from ferdlib.recipes.running import command, written
+from ferdlib.recipes.running import check_ball, command, written
 
 INPUT, OUTPUT = "images", "logits"
 # One image, an odd number of them, and the larger of the two batches that are timed.
@@ -84,10 +84,7 @@ def prepare(args: Export) -> tuple[nn.Module, Images]:
         )
     if args.threads < 1:
         raise ValueError(f"expected --threads of at least 1, got {args.threads}")
-    if not 0 <= args.eps <= 1 or not 0 <= args.step_size <= 1:
-        raise ValueError(
-            f"expected --eps and --step-size in units of [0, 1] pixels, got {args.eps} and {args.step_size}"
-        )
+    check_ball(eps=args.eps, step_size=args.step_size)
     check_folder(args.out)
     images = load(args.images.data, args.images.root, download=args.images.download, seed=args.seed)
     classes = len(images.class_names)

@@ -212,6 +212,15 @@ def command(name: str, **options: object) -> str:
     return shlex.join(["ferdlib", name, *(word for pair in given for word in pair)])
 
 
+def check_ball(**options: float | None) -> None:
+    """Refuse a radius or a step that is no share of the image range, such as 8 for 8/255."""
+    for name, value in options.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(
+                f"expected {flag(name)} in units of [0, 1] pixels, such as 8/255 = 0.0314, got {value}"
+            )
+
+
 def written(folder: Path, *names: str) -> str:
     """Say what was written."""
     return f"written to {folder}/: {', '.join(names)}"

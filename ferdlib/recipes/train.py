@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -19,7 +20,7 @@ from ferdlib.recipes.data import Images, chosen, hold_out, load_train_test
 from ferdlib.recipes.evaluate import check_folder, classwise, measure, save_figures
 from ferdlib.recipes.models import check_model, read_model, write_model
 from ferdlib.recipes.options import ModelOptions, ObjectiveOptions, Train
-from ferdlib.recipes.running import Session, command, device, flag, settings_of, written
+from ferdlib.recipes.running import Session, check_ball, command, device, flag, settings_of, written
 from ferdlib.recipes.training import Training
 
 # Options that are not given and that the method's recipe does not say.
@@ -28,6 +29,8 @@ DIGITS: dict[str, Any] = {"student": "small_cnn_16", "val_images": 257, "eps": 0
 DIGITS |= {"epochs": 40, "batch_size": 100}
 SMOKE: dict[str, Any] = {"student": "small_cnn_4", "epochs": 2, "attack_steps": 3}
 SMOKE |= {"test_images": 40}
+# A few images of noise.
+GENERATED: dict[str, Any] = {"val_images": 20, "batch_size": 20}
 # Teachers that are trained in place. One of a thousand images overfits: trained at a larger radius it is more
 # robust at the smaller one, and an average of its weights is better.
 TEACHER_RADIUS = 1.4
@@ -84,6 +87,7 @@ def resolved(args: Train) -> Train:
     """Fill in the options that were not given, from the method's recipe, the data and --smoke."""
     known = asdict(recipe(known_name(args), args.objective.preset))
     known |= DIGITS if args.images.data == "digits" else IMAGES
+    known |= GENERATED if args.images.data == "generated" else {}
     known |= SMOKE if args.smoke else {}
     if eps := args.objective.eps or known.get("eps"):
         known["step_size"] = eps / 4
@@ -110,6 +114,7 @@ def prepare(args: Train) -> tuple[Training, Dataset[Any], dict[str, Training]]:
         a file, whose models the student's method holds.
     """
     seed, size, epochs = args.run.seed, args.sgd.batch_size or 0, args.sgd.epochs or 0
+    check_ball(eps=args.objective.eps, step_size=args.objective.step_size)
     images, test = load_train_test(args.images, seed)
     train, val = hold_out(images, args.selection.val_images or 0, seed)
     if size % Ranks.here().size:
@@ -122,6 +127,11 @@ def prepare(args: Train) -> tuple[Training, Dataset[Any], dict[str, Training]]:
         )
     if epochs < 1:
         raise ValueError(f"expected --epochs of at least 1, got {epochs}")
+    rate, decay = args.sgd.lr, args.sgd.weight_decay
+    if not 0 < (1.0 if rate is None else rate) < math.inf:
+        raise ValueError(f"expected --lr above 0, got {rate}")
+    if not 0 <= (decay or 0.0) < math.inf:
+        raise ValueError(f"expected --weight-decay of at least 0, got {decay}")
     protocol("quick", args)
     check_folder(args.run.out)
     measured = test if args.selection.measure == "test" else val

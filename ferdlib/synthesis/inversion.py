@@ -228,8 +228,9 @@ class Inversion:
         """Draw the global batch's codes, and take this process's."""
         home = like.device if self.rng is None else self.rng.device
         shape = (self.batch_size, self.latent_dim)
-        drawn = torch.randn(shape, generator=self.rng, device=home, dtype=like.dtype)
-        codes = self.ranks.part(drawn).to(like.device)
+        # In one dtype, because the same seed gives other numbers in another.
+        drawn = torch.randn(shape, generator=self.rng, device=home, dtype=torch.float32)
+        codes = self.ranks.part(drawn).to(like)
         if self.optimise_latents:
             codes.requires_grad_()
             # A process's own codes share in a mean over all, as the generator's gradients do.
