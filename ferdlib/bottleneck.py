@@ -17,7 +17,7 @@ from ferdlib import _checks
 from ferdlib._checks import InvalidState, InvalidType, InvalidValue, public
 from ferdlib._modes import borrowed
 from ferdlib.losses import _kernels
-from ferdlib.models.tracing import NotCopyable, trace
+from ferdlib.models.tracing import NotCopyable, check_layer, trace
 
 __all__ = ["noise_scale", "nonrobust_channels", "nonrobust_logits", "split_at"]
 
@@ -25,15 +25,6 @@ Part = Callable[[Tensor], Tensor]
 
 # Kim et al. guard the variance by the same amount: a dead channel has log(sigma^2 / 0).
 VARIANCE_GUARD = 1e-10
-
-
-def check_layer(model: nn.Module, layer_name: Any) -> None:
-    """Refuse a name that no layer of the model has."""
-    _checks.instance(str, layer_name=layer_name)
-    names = [name for name, _ in model.named_modules() if name]
-    if layer_name not in names:
-        came = f"{layer_name!r}; there are {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
-        raise InvalidValue(f"expected `layer_name` of the model, got {came}")
 
 
 @public

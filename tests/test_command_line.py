@@ -143,5 +143,5 @@ def test_python_dash_m_refuses_with_status_1(tmp_path):
     command = [sys.executable, "-m", "ferdlib", "train", "--eps", "-1", "--out", "out"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert re.fullmatch(r"ferdlib train: .*expected `eps`.*\n", result.stderr)
+    assert re.fullmatch(r"ferdlib train: expected --eps .*, got -1\.0\n", result.stderr)
     assert not any(tmp_path.iterdir())

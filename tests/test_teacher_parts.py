@@ -105,4 +105,5 @@ def test_batchnorm_is_asked_for_only_of_the_models_whose_statistics_count():
     with pytest.raises(ValueError, match="got 5 for a student without BatchNorm"):
         trainer(teacher, PLAIN, bn_models="both")
     for models, weight in (((teacher, PLAIN), 5.0), ((PLAIN, make_models()[1]), 0.0)):
-        assert trainer(*models, bn_loss_weight=weight).synthesize()[0].shape == (12, 1, 8, 8)
+        made = trainer(*models, bn_loss_weight=weight, layer=None)
+        assert made.synthesize()[0].shape == (12, 1, 8, 8)

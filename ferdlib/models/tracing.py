@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ferdlib import _checks
+from ferdlib._checks import InvalidValue
 from ferdlib._modes import borrowed
 from ferdlib.models.likeness import Draws, one_line
 
@@ -126,6 +128,15 @@ def check_copyable(model: nn.Module) -> None:
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if any(nn.parameter.is_lazy(each) for each in tensors):
             raise NotCopyable(f"lazy weights{_where(name)}, which a first batch gives their shape")
+
+
+def check_layer(model: nn.Module, layer_name: Any) -> None:
+    """Refuse a name that no layer of the model has."""
+    _checks.instance(str, layer_name=layer_name)
+    names = [name for name, _ in model.named_modules() if name]
+    if layer_name not in names:
+        came = f"{layer_name!r}; there are {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        raise InvalidValue(f"expected `layer_name` of the model, got {came}")
 
 
 def _where(name: str) -> str:

@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ferdlib import _checks
 from ferdlib._checks import InvalidType, InvalidValue, got
 from ferdlib._modes import ask, borrowed
-from ferdlib.bottleneck import Part, check_layer, split_at
+from ferdlib.bottleneck import Part, split_at
 from ferdlib.models.likeness import difference
+from ferdlib.models.tracing import check_layer
 from ferdlib.trainer.config import FERDConfig
 
 # Features and head of the teacher.
