@@ -199,7 +199,7 @@ def check_same(**values: object) -> None:
     ranks = Ranks.here()
     if ranks.size == 1:
         return
-    found = [text.splitlines() for text in meet("\n".join(map(_one_line, values.values())))]
+    found = [text.splitlines() for text in meet("\n".join(map(_mark, values.values())))]
     for rank, theirs in enumerate(found):
         differing = [name for name, a, b in zip(values, found[0], theirs, strict=True) if a != b]
         if differing:
@@ -209,7 +209,8 @@ def check_same(**values: object) -> None:
             )
 
 
-def _one_line(value: object) -> str:
+def _mark(value: object) -> str:
+    """Digest of a value, on one line however long it is."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 

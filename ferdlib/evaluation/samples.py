@@ -195,7 +195,7 @@ def _original(dataset: Dataset[Any], row: int) -> int:
 def _batches(data: Dataset[Any], size: int) -> Iterator[Any]:
     """Batches of a data set; a DataLoader would draw a seed from torch's generator of the default device."""
     streamed = isinstance(data, IterableDataset)
-    samples = iter(data) if streamed else map(data.__getitem__, range(len(data)))  # type: ignore
+    samples = iter(data if streamed else map(data.__getitem__, range(len(data))))  # type: ignore[arg-type]
     while batch := list(islice(samples, size)):
         yield default_collate(batch)
 

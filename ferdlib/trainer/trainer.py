@@ -27,13 +27,7 @@ from ferdlib.trainer import build
 from ferdlib.trainer import state as trainer_state
 from ferdlib.trainer.class_probabilities import ClassProbabilities, Rule
 from ferdlib.trainer.config import FERDConfig
-from ferdlib.trainer.monitor import (
-    CollapseMonitor,
-    EpochStats,
-    StepLosses,
-    end_run,
-    image_stats,
-)
+from ferdlib.trainer.monitor import CollapseMonitor, EpochStats, StepLosses, end_run, image_stats
 from ferdlib.trainer.teacher import check_fit
 
 LOG = logging.getLogger("ferdlib")
